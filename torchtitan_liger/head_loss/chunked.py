@@ -1,0 +1,230 @@
+"""Loss and gradients of a head, a chunk of tokens at a time.
+
+For each chunk of C tokens:
+
+    logits_Cv = hidden_CD @ weight_vD.T       product 1
+    statistics of each row                    sweep 1 (and one collective, if sharded)
+    terms: loss, d loss / d statistics        a few numbers per row
+    logits_Cv -> d loss / d logits, in place  sweep 2
+    d_hidden_CD = d_logits @ weight           product 2
+    d_weight_vD += d_logits.T @ hidden        product 3
+
+Gradients are computed in the forward pass, while the logits exist, and scaled by the
+incoming gradient in the backward pass. Nothing here waits for a GPU.
+
+`T` tokens, `C` tokens of a chunk, `D` width, `v` this rank's columns of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from torchtitan_liger.head_loss.options import HeadLossOptions
+from torchtitan_liger.head_loss.sweeps import (
+    GradientCoefficients,
+    gradient_sweep,
+    statistics_sweep,
+)
+from torchtitan_liger.head_loss.terms import Statistics, Term, evaluate
+from torchtitan_liger.head_loss.vocab_parallel import GlobalStatistics, VocabShard
+
+
+class ChunkedCall(NamedTuple):
+    """Everything about a call that is not a differentiable tensor."""
+
+    terms: Sequence[Term]
+    options: HeadLossOptions
+    tokens_per_chunk: int
+    compute_dtype: torch.dtype  # of the products
+    shard: VocabShard | None
+    with_grad: bool
+
+
+class ChunkedHeadLoss(torch.autograd.Function):
+    """`apply(hidden_TD, weight_vD, labels_T, row_weight_T, call) -> (loss, by_term)`.
+
+    `loss` is differentiable; `by_term`, one sum per term before its weight, is not.
+    Under vocabulary sharding the gradient of `hidden_TD` is this rank's share: the caller
+    sums it over the group.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        weight_vD: torch.Tensor,
+        labels_T: torch.Tensor,
+        row_weight_T: torch.Tensor,
+        call: ChunkedCall,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            result = _run(
+                hidden_TD.to(call.compute_dtype),
+                weight_vD.to(call.compute_dtype),
+                labels_T,
+                row_weight_T,
+                call,
+                need_d_hidden=call.with_grad and ctx.needs_input_grad[0],
+                need_d_weight=call.with_grad and ctx.needs_input_grad[1],
+            )
+        ctx.dtypes = hidden_TD.dtype, weight_vD.dtype
+        ctx.save_for_backward(result.d_hidden_TD, result.d_weight_vD)
+        ctx.mark_non_differentiable(result.by_term)
+        return result.loss, result.by_term
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_loss: torch.Tensor, _grad_by_term: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        grads = (
+            None if grad is None else _scaled(grad, grad_loss, dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *grads, None, None, None
+
+
+class _Result(NamedTuple):
+    loss: torch.Tensor
+    by_term: torch.Tensor
+    d_hidden_TD: torch.Tensor | None
+    d_weight_vD: torch.Tensor | None
+
+
+def _run(
+    hidden_TD: torch.Tensor,
+    weight_vD: torch.Tensor,
+    labels_T: torch.Tensor,
+    row_weight_T: torch.Tensor,
+    call: ChunkedCall,
+    *,
+    need_d_hidden: bool,
+    need_d_weight: bool,
+) -> _Result:
+    terms, options, shard = call.terms, call.options, call.shard
+    math_dtype = row_weight_T.dtype
+    num_columns = weight_vD.shape[0]
+    vocab_size = num_columns if shard is None else shard.vocab_size
+    group = None if shard is None else shard.group
+    needs = frozenset().union(*(term.needs for term in terms))
+
+    valid_T = labels_T != options.ignore_index
+    column_T = labels_T - (0 if shard is None else shard.start)
+    column_T = column_T.where((column_T >= 0) & (column_T < num_columns) & valid_T, -1)
+
+    loss = torch.zeros((), dtype=math_dtype, device=hidden_TD.device)
+    by_term = torch.zeros(len(terms), dtype=math_dtype, device=hidden_TD.device)
+    d_hidden_TD = torch.empty_like(hidden_TD) if need_d_hidden else None
+    d_weight = _WeightGradient(weight_vD, options.acc_dtype) if need_d_weight else None
+    # One buffer for the logits of every chunk.
+    buffer_Cv = hidden_TD.new_empty(
+        min(call.tokens_per_chunk, hidden_TD.shape[0]), num_columns
+    )
+    weight_Dv = weight_vD.t()
+
+    for start in range(0, hidden_TD.shape[0], call.tokens_per_chunk):
+        rows = slice(start, start + call.tokens_per_chunk)
+        # A row without a label must not reach the gradients, whatever it holds:
+        # 0 * NaN would.
+        hidden_CD = hidden_TD[rows].masked_fill(~valid_T[rows, None], 0)
+        column_C = column_T[rows]
+        logits_Cv = torch.mm(hidden_CD, weight_Dv, out=buffer_Cv[: len(hidden_CD)])
+
+        local, swept = statistics_sweep(
+            logits_Cv.to(math_dtype),
+            column_C,
+            softcap=options.logit_softcap,
+            need_logit_sum="uniform_ce" in needs,
+        )
+        stats = GlobalStatistics(local, vocab_size, group)
+        values = evaluate(
+            terms,
+            stats.for_terms(),
+            row_weight_T[rows],
+            with_partials=need_d_hidden or need_d_weight,
+        )
+        loss += values.loss
+        by_term += values.by_term
+        if values.partials is None:
+            continue
+
+        d_logits_Cv = gradient_sweep(
+            swept, column_C, _coefficients(values.partials, stats, vocab_size)
+        )
+        narrow_Cv = d_logits_Cv.to(hidden_CD.dtype)
+        if d_hidden_TD is not None:
+            torch.mm(narrow_Cv, weight_vD, out=d_hidden_TD[rows])
+        if d_weight is not None:
+            d_weight.add(d_logits_Cv, narrow_Cv, hidden_CD)
+
+    return _Result(
+        loss, by_term, d_hidden_TD, None if d_weight is None else d_weight.total()
+    )
+
+
+def _coefficients(
+    partials: Statistics, stats: GlobalStatistics, vocab_size: int
+) -> GradientCoefficients:
+    """The gradient by logits from the partials by statistic.
+
+    By d logp = [j is y] - p, d lse = p and d uniform_ce = p - 1/V.
+    """
+    softmax_coef_C = partials.lse - partials.logp
+    constant_C = None
+    if partials.uniform_ce is not None:
+        softmax_coef_C = softmax_coef_C + partials.uniform_ce
+        constant_C = -partials.uniform_ce / vocab_size
+    return GradientCoefficients(
+        exp=softmax_coef_C * stats.softmax_scale(),
+        label=partials.logp,
+        constant=constant_C,
+    )
+
+
+class _WeightGradient:
+    """The sum over chunks of `d_logits.T @ hidden`, in `acc_dtype`."""
+
+    def __init__(self, weight_vD: torch.Tensor, acc_dtype: torch.dtype) -> None:
+        if weight_vD.dtype == torch.float64:
+            acc_dtype = torch.float64
+        self._sum_vD = torch.empty_like(weight_vD, dtype=acc_dtype)
+        self._empty = True
+
+    def add(
+        self, exact_Cv: torch.Tensor, narrow_Cv: torch.Tensor, hidden_CD: torch.Tensor
+    ) -> None:
+        """Add a chunk: `narrow_Cv` is `exact_Cv` in the dtype of the products."""
+        total = self._sum_vD
+        beta = 0.0 if self._empty else 1.0  # the first chunk overwrites
+        self._empty = False
+        if narrow_Cv.dtype == total.dtype:
+            torch.addmm(total, narrow_Cv.t(), hidden_CD, beta=beta, out=total)
+        elif narrow_Cv.is_cuda:
+            torch.addmm(
+                total,
+                narrow_Cv.t(),
+                hidden_CD,
+                out_dtype=total.dtype,
+                beta=beta,
+                out=total,
+            )
+        else:  # no mixed-precision product on CPUs
+            exact_vC = exact_Cv.t().to(total.dtype)
+            torch.addmm(
+                total, exact_vC, hidden_CD.to(total.dtype), beta=beta, out=total
+            )
+
+    def total(self) -> torch.Tensor:
+        return self._sum_vD.zero_() if self._empty else self._sum_vD
+
+
+def _scaled(
+    grad: torch.Tensor, grad_loss: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`grad * grad_loss` in `dtype`, rounded once."""
+    if grad_loss.device.type == "cpu" and grad_loss.item() == 1.0:
+        return grad.to(dtype)
+    return torch.mul(grad, grad_loss, out=torch.empty_like(grad, dtype=dtype))

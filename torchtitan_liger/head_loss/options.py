@@ -1,0 +1,69 @@
+"""The settings of a head loss: what is computed, in which precision and memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+
+ACC_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadLossOptions:
+    """Settings of a linear cross entropy. All have the meaning they have in torch.
+
+    For one token, with `z = logit_softcap * tanh(u / logit_softcap)` (or `z = u`) and
+    `u = weight @ hidden`, the loss is
+
+        (1 - label_smoothing) * -log_softmax(z)[label]
+        + label_smoothing * mean(-log_softmax(z))
+        + z_loss * logsumexp(z) ** 2
+
+    Raises:
+        ValueError: for a value out of range; the message holds the field and the value.
+    """
+
+    ignore_index: int = -100
+    """Tokens with this label have neither loss nor gradient."""
+
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the whole vocabulary, in [0, 1)."""
+
+    z_loss: float = 0.0
+    """Weight of the squared log-sum-exp (PaLM, arXiv:2204.02311, uses 1e-4). 0: off."""
+
+    logit_softcap: float = 0.0
+    """Bound of the logits (Gemma 2, arXiv:2408.00118, uses 30). 0: off."""
+
+    acc_dtype: torch.dtype = torch.float32
+    """dtype in which the weight's gradient is summed over the chunks."""
+
+    logits_memory_mib: int = 0
+    """Most MiB for the logits that exist at one time. 0: chosen for speed."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} must be a finite number, got {value}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(
+                f"label_smoothing must be in [0, 1), got {self.label_smoothing}"
+            )
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss must be 0 (off) or positive, got {self.z_loss}")
+        if self.logit_softcap < 0:
+            raise ValueError(
+                f"logit_softcap must be 0 (off) or positive, got {self.logit_softcap}"
+            )
+        if self.acc_dtype not in ACC_DTYPES:
+            raise ValueError(
+                f"acc_dtype must be one of {ACC_DTYPES}, got {self.acc_dtype}"
+            )
+        if self.logits_memory_mib < 0:
+            raise ValueError(
+                "logits_memory_mib must be 0 (chosen for speed) or positive, "
+                f"got {self.logits_memory_mib}"
+            )

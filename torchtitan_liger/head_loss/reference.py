@@ -1,0 +1,45 @@
+"""The same losses with all logits at once, in any dtype: what everything is compared with.
+
+Written from the definitions, with torch's own cross entropy and autograd, and sharing no
+code with the engine. `T` tokens, `D` width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from torchtitan_liger.head_loss.options import HeadLossOptions
+
+
+def reference_head_loss(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_T: torch.Tensor,
+    options: HeadLossOptions,
+) -> dict[str, torch.Tensor]:
+    """Each term's sum over the tokens with a label, before its weight; differentiable.
+
+    The logits are computed in the dtype of the inputs (under autocast, in autocast's) and
+    the losses in at least float32, as torchtitan's own loss does.
+    """
+    logits_TV = F.linear(hidden_TD, weight_VD)
+    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    if options.logit_softcap:
+        logits_TV = options.logit_softcap * torch.tanh(
+            logits_TV / options.logit_softcap
+        )
+    terms = {
+        "cross_entropy": F.cross_entropy(
+            logits_TV,
+            labels_T,
+            ignore_index=options.ignore_index,
+            label_smoothing=options.label_smoothing,
+            reduction="sum",
+        )
+    }
+    if options.z_loss:
+        lse_T = torch.logsumexp(logits_TV, dim=-1)
+        valid_T = labels_T != options.ignore_index
+        terms["z_loss"] = lse_T[valid_T].square().sum()
+    return terms

@@ -1,0 +1,113 @@
+"""The LM head: a linear layer that can also be called with labels and gives back a loss.
+
+Shape suffixes: `B` batch, `L` sequence, `D` width, `V` vocabulary, `v` this rank's
+columns of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from torchtitan_liger.head_loss import HeadLoss, HeadLossOutput, VocabShard
+from torchtitan_liger.liger_api import LigerHeadLoss
+
+
+class LMHead(nn.Linear):
+    """`nn.Linear` without bias, with the same state dict, for the last projection.
+
+    `head(hidden_BLD)` gives logits, as before. `head(hidden_BLD, labels_BL)` gives the
+    loss from `head.head_loss`, without logits. The head is *called* in both cases: FSDP
+    gathers, casts and reduces its weight by the hooks of that call. A weight read from
+    outside would get silently wrong gradients.
+
+    Under tensor parallelism the weight is a DTensor that shards the vocabulary, and the
+    hidden states a DTensor in any layout.
+    """
+
+    head_loss: HeadLoss | LigerHeadLoss | None = None
+    num_fused_calls = 0
+    """How often the loss was computed without the full logits."""
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module) -> LMHead:
+        """Take over the weight of `linear`; draws no random numbers.
+
+        Raises:
+            ValueError: for a layer that is no plain linear one, or has a bias.
+        """
+        if type(linear) is not nn.Linear or linear.bias is not None:
+            raise ValueError(
+                f"the LM head is {linear}: only a plain torch.nn.Linear without bias "
+                "can compute its loss without logits"
+            )
+        head = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        head.weight = linear.weight
+        return head
+
+    @overload
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+    @overload
+    def forward(
+        self, hidden: torch.Tensor, labels: torch.Tensor, **call: Any
+    ) -> HeadLossOutput: ...
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **call: Any,
+    ) -> torch.Tensor | HeadLossOutput:
+        """
+        Args:
+            hidden: [B, L, D] hidden states.
+            labels: [B, L] labels, or None for logits.
+            call: keyword arguments of `HeadLoss.__call__`, such as `normalizer`.
+
+        Returns:
+            [B, L, V] logits without `labels`, else the loss over this rank's tokens.
+        """
+        if labels is None:
+            if isinstance(hidden, DTensor):
+                hidden = hidden.redistribute(placements=[Replicate()])
+            return super().forward(hidden)
+        if self.head_loss is None:
+            raise RuntimeError(
+                "this LM head has no loss: set liger_kernel."
+                "enable_fused_linear_cross_entropy, or assign head.head_loss"
+            )
+        self.num_fused_calls += self.head_loss.impl != "reference"
+        hidden, weight, shard = _local_inputs(hidden, self.weight)
+        return self.head_loss(hidden, weight, labels, shard=shard, **call)
+
+
+def _local_inputs(
+    hidden: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, VocabShard | None]:
+    """This rank's tensors, and which part of the vocabulary they belong to."""
+    if not isinstance(weight, DTensor):
+        return hidden, weight, None
+    mesh = weight.device_mesh
+    if mesh.ndim != 1 or weight.placements != (Shard(0),):
+        raise ValueError(
+            "the LM head's weight must be sharded over the vocabulary on a one-dim "
+            f"mesh, got {weight.placements} on {mesh}"
+        )
+    if not isinstance(hidden, DTensor):
+        hidden = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False)
+    # Every rank needs all tokens; its gradient is its columns' share of a sum.
+    hidden = hidden.redistribute(placements=[Replicate()]).to_local(
+        grad_placements=[Partial()]
+    )
+    _, offset = compute_local_shape_and_global_offset(
+        weight.shape, mesh, weight.placements
+    )
+    shard = VocabShard(
+        start=offset[0], vocab_size=weight.shape[0], group=mesh.get_group()
+    )
+    return hidden, weight.to_local(), shard

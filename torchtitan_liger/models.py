@@ -1,0 +1,108 @@
+"""torchtitan's decoders, with `return_hidden_states` and our LM head."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.models.llama3.model.args import TransformerModelArgs
+from torchtitan.protocols import train_spec as torchtitan_specs
+from torchtitan.protocols.model import BaseModelArgs
+
+from torchtitan_liger.config_validator import check_vocabulary
+from torchtitan_liger.data import build_text_dataloader
+from torchtitan_liger.lm_head import LMHead
+from torchtitan_liger.parallelize import parallelize
+
+DECODERS = ("llama3", "llama4", "qwen3", "deepseek_v3", "gpt_oss")
+"""The models of torchtitan that end in `output(norm(h))`."""
+
+EXTRA_FLAVORS: dict[str, dict[str, BaseModelArgs]] = {
+    "llama3": {
+        # The head holds most of the parameters, as in a real small model.
+        "debugmodel_16k": TransformerModelArgs(
+            dim=256, n_layers=4, n_heads=8, vocab_size=16384, rope_theta=500000
+        ),
+        "1.2B": TransformerModelArgs(
+            dim=2048,
+            n_layers=12,
+            n_heads=16,
+            n_kv_heads=8,
+            ffn_dim_multiplier=1.3,
+            multiple_of=256,
+            rope_theta=500000,
+        ),
+    },
+}
+"""Flavors that we add to torchtitan's."""
+
+
+class ReturnHiddenStates:
+    """Mixin for a torchtitan decoder: `forward(..., return_hidden_states=True)`.
+
+    The decoder's own forward runs in both cases. For hidden states the head is replaced
+    by a pass-through for the time of the call, so none of its hooks run.
+    """
+
+    def __init__(self, model_args: BaseModelArgs) -> None:
+        super().__init__(model_args)  # type: ignore[call-arg]
+        self.output: nn.Module = LMHead.from_linear(self.output)
+
+    def forward(
+        self, *args: Any, return_hidden_states: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
+        """As the decoder's own; with `return_hidden_states` [B, L, D] instead of logits."""
+        if not return_hidden_states:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        head = self.output
+        self.output = nn.Identity()
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.output = head
+
+
+def with_hidden_states(decoder: type[nn.Module]) -> type[nn.Module]:
+    """The class `decoder` with `return_hidden_states` and an `LMHead` as its output."""
+    return type(decoder.__name__, (ReturnHiddenStates, decoder), {})
+
+
+def train_spec(name: str) -> torchtitan_specs.TrainSpec:
+    """torchtitan's train spec of `name`, with our decoder, head and flavors.
+
+    Raises:
+        ValueError: for a model that is not one of `DECODERS`.
+    """
+    if name not in DECODERS:
+        raise ValueError(
+            f"model.name is {name!r}; this trainer has {', '.join(DECODERS)}. "
+            "Train others with torchtitan.train"
+        )
+    stock = torchtitan_specs.get_train_spec(name)
+    return dataclasses.replace(
+        stock,
+        model_cls=with_hidden_states(stock.model_cls),
+        model_args={**stock.model_args, **EXTRA_FLAVORS.get(name, {})},
+        parallelize_fn=partial(parallelize, stock.parallelize_fn),
+        build_dataloader_fn=_build_dataloader,
+    )
+
+
+def register(name: str) -> None:
+    """Have torchtitan build `name` from `train_spec(name)`; a second call does nothing."""
+    if name not in torchtitan_specs._extra_train_specs:
+        torchtitan_specs.register_train_spec(name, train_spec(name))
+
+
+def _build_dataloader(
+    *, tokenizer: BaseTokenizer, job_config: JobConfig, **kwargs: Any
+) -> BaseDataLoader:
+    # The first time that torchtitan has a tokenizer, and before it builds a model.
+    check_vocabulary(job_config, tokenizer.get_vocab_size())
+    return build_text_dataloader(tokenizer=tokenizer, job_config=job_config, **kwargs)

@@ -1,0 +1,127 @@
+"""The decoder is parallelized by torchtitan, the LM head by us.
+
+torchtitan's plans expect logits from the head. So the head is taken away while
+torchtitan's own function runs, as on a pipeline stage without a head, and then gets its
+own layout: vocabulary sharded under tensor parallelism, an FSDP group of its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.llama3.infra.parallelize import disable_fsdp_gradient_division
+from torchtitan.tools.utils import device_type
+
+from torchtitan_liger.config_validator import resolve
+from torchtitan_liger.lm_head import LMHead
+
+
+def parallelize(
+    parallelize_decoder: Callable[..., nn.Module],
+    model: nn.Module,
+    parallel_dims: ParallelDims,
+    job_config: JobConfig,
+) -> nn.Module:
+    """Parallelize `model`, whose decoder torchtitan shards by `parallelize_decoder`.
+
+    With the fused loss off, this is torchtitan's function alone.
+    """
+    plan = resolve(job_config)
+    if not plan.enabled:
+        model = parallelize_decoder(model, parallel_dims, job_config)
+    else:
+        head = model.output
+        if not isinstance(head, LMHead):
+            raise ValueError(
+                f"the LM head became {type(head).__name__} by model.converters = "
+                f"{job_config.model.converters}; keep the converter away from it with "
+                "its filter_fqns = ['output'], or turn "
+                "liger_kernel.enable_fused_linear_cross_entropy off"
+            )
+        model = _parallelize_around_head(
+            parallelize_decoder, model, head, parallel_dims, job_config
+        )
+        head.head_loss = plan.head_loss()
+    if device_type == "cpu":
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # gloo has no scaled sum
+                module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def _parallelize_around_head(
+    parallelize_decoder: Callable[..., nn.Module],
+    model: nn.Module,
+    head: LMHead,
+    parallel_dims: ParallelDims,
+    job_config: JobConfig,
+) -> nn.Module:
+    # An embedding that shares the head's weight must share its FSDP group as well.
+    embeddings = model.get_submodule("tok_embeddings")
+    tied = head.weight is embeddings.weight
+    model.register_module("output", None)
+    if tied:
+        model.register_module("tok_embeddings", None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Parallelize plan key .*output")
+        model = parallelize_decoder(model, parallel_dims, job_config)
+    if parallel_dims.tp_enabled:
+        _shard_vocabulary(head, parallel_dims.get_mesh("tp"))
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        _shard_data_parallel(
+            [embeddings, head] if tied else [head], parallel_dims, job_config
+        )
+    model.register_module("output", head)
+    if tied:
+        model.register_module("tok_embeddings", embeddings)
+    return model
+
+
+def _shard_vocabulary(head: LMHead, tp_mesh: DeviceMesh) -> None:
+    def shard(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for name, param in list(module.named_parameters(recurse=False)):
+            sharded = nn.Parameter(distribute_tensor(param, mesh, [Shard(0)]))
+            module.register_parameter(name, sharded)
+
+    distribute_module(head, tp_mesh, shard)
+
+
+def _shard_data_parallel(
+    modules: list[nn.Module], parallel_dims: ParallelDims, job_config: JobConfig
+) -> None:
+    names = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
+    training = job_config.training
+    fully_shard(
+        modules[0] if len(modules) == 1 else modules,
+        mesh=parallel_dims.get_mesh([*names, "fsdp"]),
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+            reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+            # The hidden states come in this dtype already; what else a loss takes
+            # (a normalizer, weights of tokens) must keep its own.
+            cast_forward_inputs=False,
+        ),
+        offload_policy=(
+            CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy()
+        ),
+        # Backward needs the head's weight right after forward.
+        reshard_after_forward=(
+            job_config.parallelism.fsdp_reshard_after_forward == "always"
+        ),
+    )
+    for module in modules:
+        disable_fsdp_gradient_division(module)

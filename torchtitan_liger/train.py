@@ -1,0 +1,28 @@
+"""Entry point: `python -m torchtitan_liger.train`, started by `run_train.sh`."""
+
+from __future__ import annotations
+
+import sys
+
+from torchtitan_liger import device
+from torchtitan_liger.cli import prepare_argv, read_toml
+
+
+def main() -> None:
+    """Train the job that the command line describes."""
+    # torchtitan's parser reads the command line while it is imported.
+    sys.argv[1:] = prepare_argv(sys.argv[1:])
+    device.prepare()
+
+    from torchtitan.train import main as torchtitan_main
+
+    from torchtitan_liger.config_validator import check_keys
+    from torchtitan_liger.trainer import LigerTrainer
+
+    path, toml = read_toml(sys.argv[1:])
+    check_keys(toml, path)
+    torchtitan_main(LigerTrainer)
+
+
+if __name__ == "__main__":
+    main()

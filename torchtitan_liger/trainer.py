@@ -1,0 +1,111 @@
+"""torchtitan's trainer, with the loss computed by the LM head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.config import JobConfig
+from torchtitan.tools.logging import logger
+from torchtitan.train import Trainer
+
+from torchtitan_liger import data, models
+from torchtitan_liger.config_validator import model_args, resolve, settings
+from torchtitan_liger.head_loss.engine import check_label_range
+from torchtitan_liger.lm_head import LMHead
+
+Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+class LigerTrainer(Trainer):
+    """Trains as `torchtitan.train.Trainer` does.
+
+    With `liger_kernel.enable_fused_linear_cross_entropy` the head is called with hidden
+    states and labels. Without it, every step is torchtitan's own.
+    """
+
+    def __init__(self, job_config: JobConfig) -> None:
+        if getattr(job_config.training, "compile", False):
+            job_config.compile.enable = True
+        settings(job_config)
+        models.register(job_config.model.name)
+        model_args(job_config)
+        data.register_datasets(job_config.training.text_field)
+        # Before any model is built.
+        self.head_loss_plan = resolve(job_config)
+        if self.head_loss_plan.warning:
+            logger.warning(self.head_loss_plan.warning)
+        super().__init__(job_config)
+        if self.head_loss_plan.enabled:
+            logger.info(self.head_loss_plan.announcement())
+            self._log_memory_plan()
+
+    @property
+    def lm_head(self) -> LMHead:
+        head = self.model_parts[0].output
+        assert isinstance(head, LMHead)
+        return head
+
+    def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
+        """As torchtitan's; refuses labels that are no words, while they are on the host.
+
+        Raises:
+            ValueError: with the value and the position of the first such label.
+        """
+        for input_dict, labels in super().batch_generator(data_iterable):
+            if self.head_loss_plan.enabled:
+                check_label_range(labels, self.model_args.vocab_size, IGNORE_INDEX)
+            yield input_dict, labels
+
+    def forward_backward_step(
+        self,
+        *,
+        input_dict: dict[str, torch.Tensor],
+        labels: torch.Tensor,
+        global_valid_tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch.
+
+        Returns:
+            [] this rank's sum of losses / tokens with a label on all ranks.
+        """
+        if not self.head_loss_plan.enabled:
+            return super().forward_backward_step(
+                input_dict=input_dict,
+                labels=labels,
+                global_valid_tokens=global_valid_tokens,
+            )
+        inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(
+            input_dict, labels
+        )
+        (model,) = self.model_parts
+        with self.train_context():
+            with self.maybe_enable_amp:
+                hidden_BLD = model(
+                    inputs, **extra_inputs, **extra_kwargs, return_hidden_states=True
+                )
+                loss = self.lm_head(
+                    hidden_BLD,
+                    labels,
+                    normalizer=global_valid_tokens,
+                    check_labels=False,  # batch_generator has
+                ).loss
+            del hidden_BLD
+            loss.backward()
+        return loss
+
+    def _log_memory_plan(self) -> None:
+        training, parallel = self.job_config.training, self.parallel_dims
+        num_tokens = training.local_batch_size * training.seq_len // parallel.cp
+        head = self.lm_head
+        assert head.head_loss is not None
+        dtype = torch.bfloat16 if training.mixed_precision_param == "bfloat16" else None
+        plan = head.head_loss.plan(
+            num_tokens,
+            head.in_features,
+            -(-head.out_features // parallel.tp),
+            dtype or torch.float32,
+            self.device.type,
+        )
+        logger.info(f"The LM head holds {plan}")

@@ -85,6 +85,8 @@ def train_spec(name: str) -> torchtitan_specs.TrainSpec:
             "Train others with torchtitan.train"
         )
     stock = torchtitan_specs.get_train_spec(name)
+    if issubclass(stock.model_cls, ReturnHiddenStates):  # registered before
+        return stock
     return dataclasses.replace(
         stock,
         model_cls=with_hidden_states(stock.model_cls),

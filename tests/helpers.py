@@ -1,0 +1,128 @@
+"""What several tests share: problems, errors, processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from torchtitan_liger.head_loss import HeadLossOptions
+from torchtitan_liger.head_loss.reference import reference_head_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAG = "--liger_kernel.enable_fused_linear_cross_entropy"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A loss and its gradients, in float64."""
+
+    loss: torch.Tensor
+    d_hidden: torch.Tensor
+    d_weight: torch.Tensor
+
+    def errors(self, truth: Result) -> dict[str, float]:
+        """Relative errors in the Frobenius norm."""
+        return {
+            name: relative_error(getattr(self, name), getattr(truth, name))
+            for name in ("loss", "d_hidden", "d_weight")
+        }
+
+
+def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    norm = truth.norm().item()
+    return ((value - truth).norm().item() / norm) if norm else value.norm().item()
+
+
+@dataclass
+class Problem:
+    """Inputs of a head, drawn in float64 from a seed.
+
+    `T` tokens of which about a third are ignored, `D` width, `V` vocabulary.
+    """
+
+    T: int = 257
+    D: int = 48
+    V: int = 517
+    seed: int = 0
+    ignored: float = 0.3
+    scale: float = 1.0
+    ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        g = torch.Generator().manual_seed(self.seed)
+        f64 = {"dtype": torch.float64, "generator": g}
+        self.hidden = torch.randn(self.T, self.D, **f64)
+        self.weight = torch.randn(self.V, self.D, **f64) * self.scale / self.D**0.5
+        self.labels = torch.randint(self.V, (self.T,), generator=g)
+        self.labels[torch.rand(self.T, generator=g) < self.ignored] = self.ignore_index
+
+    def rounded(self, dtype: torch.dtype) -> Problem:
+        """The same problem with inputs that `dtype` can hold."""
+        problem = Problem(**{f: getattr(self, f) for f in ("T", "D", "V")})
+        problem.hidden = self.hidden.to(dtype).double()
+        problem.weight = self.weight.to(dtype).double()
+        problem.labels = self.labels
+        return problem
+
+    def run(
+        self,
+        loss_of: Callable[..., torch.Tensor],
+        dtype: torch.dtype = torch.float64,
+        device: str = "cpu",
+        upstream: float = 1.0,
+    ) -> Result:
+        """Loss and gradients of `loss_of(hidden, weight, labels)` in `dtype`."""
+        hidden = self.hidden.to(device, dtype, copy=True).requires_grad_()
+        weight = self.weight.to(device, dtype, copy=True).requires_grad_()
+        loss = loss_of(hidden, weight, self.labels.to(device))
+        (loss * upstream).backward()
+        assert hidden.grad is not None
+        assert weight.grad is not None
+        tensors = (loss.detach(), hidden.grad, weight.grad)
+        return Result(*(t.double().cpu() for t in tensors))
+
+
+def full_logits(options: HeadLossOptions) -> Callable[..., torch.Tensor]:
+    """The loss by full logits and autograd, as stock training computes it."""
+
+    def loss_of(
+        hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        terms = reference_head_loss(hidden, weight, labels, options)
+        return terms["cross_entropy"] + options.z_loss * terms.get("z_loss", 0.0)
+
+    return loss_of
+
+
+def python_env(**changes: str | None) -> dict[str, str]:
+    """This environment for a process that trains: without the test suite's settings."""
+    env = dict(os.environ)
+    env.update(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), TRITON_INTERPRET="0")
+    env["PYTHON"] = sys.executable
+    for key, value in changes.items():
+        if value is None:
+            env.pop(key, None)
+        else:
+            env[key] = value
+    return env
+
+
+def run_command(
+    *command: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; standard output and error together, as text."""
+    return subprocess.run(
+        [str(c) for c in command],
+        env=env or python_env(),
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )

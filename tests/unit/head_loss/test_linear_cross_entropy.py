@@ -1,0 +1,352 @@
+"""The engine against full logits in float64."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.helpers import Problem, full_logits, relative_error
+from torchtitan_liger.head_loss import (
+    HeadLoss,
+    HeadLossOptions,
+    engine,
+    linear_cross_entropy,
+)
+
+SETTINGS = [
+    {"label_smoothing": smoothing, "z_loss": z_loss, "logit_softcap": softcap}
+    for smoothing, z_loss, softcap in itertools.product(
+        (0.0, 0.1), (0.0, 1e-2), (0.0, 2.0)
+    )
+]
+SIZES = [(257, 48, 517), (64, 16, 128), (3, 5, 1), (1, 8, 2), (130, 7, 1001)]
+
+
+@pytest.fixture(params=[1, 17, 64, 10**6], ids="{}_tokens_per_chunk".format)
+def tokens_per_chunk(request, monkeypatch):
+    """Chunk sizes that divide nothing, and one that holds everything."""
+
+    def plan(num_tokens, num_columns, *, bytes_per_logit, budget):
+        return engine.ChunkPlan(num_tokens, request.param, 0, 0, 0)
+
+    monkeypatch.setattr(engine, "plan_chunks", plan)
+    return request.param
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_equals_full_logits_in_float64(size, settings, tokens_per_chunk):
+    problem = Problem(*size)
+    truth = problem.run(full_logits(HeadLossOptions(**settings)))
+    ours = problem.run(partial(linear_cross_entropy, reduction="sum", **settings))
+    assert max(ours.errors(truth).values()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_error_is_at_most_twice_that_of_full_logits(settings, dtype):
+    problem = Problem(T=300, D=64, V=1000).rounded(dtype)
+    loss_of = full_logits(HeadLossOptions(**settings))
+    truth = problem.run(loss_of)
+    stock = problem.run(loss_of, dtype).errors(truth)
+    ours = problem.run(
+        partial(linear_cross_entropy, reduction="sum", **settings), dtype
+    ).errors(truth)
+    floor = 2 * torch.finfo(torch.float32).eps
+    for name, error in ours.items():
+        assert error <= max(2 * stock[name], floor), (name, ours, stock)
+
+
+def test_the_reference_is_torchs_cross_entropy():
+    problem = Problem()
+    truth = problem.run(
+        lambda h, w, y: F.cross_entropy(h @ w.T, y, label_smoothing=0.1)
+    )
+    ours = problem.run(
+        partial(linear_cross_entropy, label_smoothing=0.1, impl="reference")
+    )
+    assert max(ours.errors(truth).values()) < 1e-14
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_mean_divides_by_the_tokens_with_a_label(impl):
+    problem = Problem()
+    truth = problem.run(lambda h, w, y: F.cross_entropy(h @ w.T, y))
+    ours = problem.run(partial(linear_cross_entropy, impl=impl))
+    assert max(ours.errors(truth).values()) < 1e-12
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_gradients_scale_with_the_incoming_gradient(impl):
+    problem = Problem()
+    once = problem.run(partial(linear_cross_entropy, impl=impl))
+    scaled = problem.run(partial(linear_cross_entropy, impl=impl), upstream=-0.37)
+    assert relative_error(scaled.d_hidden, -0.37 * once.d_hidden) < 1e-14
+    assert relative_error(scaled.d_weight, -0.37 * once.d_weight) < 1e-14
+
+
+def test_gradients_add_to_those_that_are_there():
+    problem = Problem()
+    hidden = problem.hidden.clone().requires_grad_()
+    weight = problem.weight.clone().requires_grad_()
+    linear_cross_entropy(hidden, weight, problem.labels).backward()
+    first = weight.grad.clone()
+    linear_cross_entropy(hidden, weight, problem.labels).backward()
+    assert torch.equal(weight.grad, 2 * first)
+
+
+def test_backward_twice_gives_the_same_gradients():
+    problem = Problem()
+    weight = problem.weight.clone().requires_grad_()
+    loss = linear_cross_entropy(problem.hidden, weight, problem.labels) * 0.5
+    (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, weight)
+    assert torch.equal(first, second)
+
+
+def test_z_loss_off_adds_nothing():
+    problem = Problem()
+    plain = linear_cross_entropy(problem.hidden, problem.weight, problem.labels)
+    off = linear_cross_entropy(
+        problem.hidden, problem.weight, problem.labels, z_loss=0.0
+    )
+    assert torch.equal(plain, off)
+    assert [term.name for term in HeadLoss().terms] == ["cross_entropy"]
+
+
+def test_terms_add_up_to_the_loss():
+    problem = Problem()
+    head_loss = HeadLoss(HeadLossOptions(z_loss=0.01, label_smoothing=0.2))
+    out = head_loss(problem.hidden, problem.weight, problem.labels, normalizer=7)
+    assert set(out.terms) == {"cross_entropy", "z_loss"}
+    total = out.terms["cross_entropy"] + 0.01 * out.terms["z_loss"]
+    assert out.loss.item() == pytest.approx(total.item(), rel=1e-14)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_a_batch_without_labels_has_loss_0_and_gradients_0(impl):
+    problem = Problem(ignored=1.1)
+    ours = problem.run(partial(linear_cross_entropy, impl=impl, z_loss=0.1))
+    assert ours.loss == 0
+    assert not ours.d_hidden.any()
+    assert not ours.d_weight.any()
+
+
+def test_no_tokens_at_all():
+    ours = Problem(T=0).run(linear_cross_entropy)
+    assert ours.loss == 0
+    assert ours.d_hidden.shape == (0, 48)
+    assert not ours.d_weight.any()
+
+
+def test_garbage_in_ignored_rows_does_not_reach_the_gradients():
+    problem = Problem()
+    clean = problem.run(linear_cross_entropy)
+    ignored = problem.labels == -100
+    for garbage in (torch.nan, torch.inf, 1e300):
+        problem.hidden[ignored] = garbage
+        dirty = problem.run(linear_cross_entropy)
+        assert torch.equal(dirty.loss, clean.loss)
+        assert torch.equal(dirty.d_weight, clean.d_weight)
+        assert torch.equal(dirty.d_hidden, clean.d_hidden)
+        assert not dirty.d_hidden[ignored].any()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 30.0, 1e4])
+def test_extreme_logits(scale):
+    problem = Problem(scale=scale)
+    truth = problem.run(full_logits(HeadLossOptions()))
+    ours = problem.run(partial(linear_cross_entropy, reduction="sum"))
+    assert max(ours.errors(truth).values()) < 1e-12
+
+
+def test_confident_tokens_keep_their_gradient():
+    """p - 1 cancels for p = 0.999: rounded early, nothing of the gradient is left."""
+    problem = Problem(T=64, D=64, V=300, ignored=0)
+    problem.hidden = torch.eye(64, dtype=torch.float64)
+    problem.weight *= 0.01
+    problem.labels = torch.arange(64)
+    problem.weight[:64].diagonal().add_(torch.linspace(8, 14, 64).double())
+    problem = problem.rounded(torch.bfloat16)
+    loss_of = full_logits(HeadLossOptions())
+    truth = problem.run(loss_of)
+    stock = problem.run(loss_of, torch.bfloat16).errors(truth)
+    ours = problem.run(
+        partial(linear_cross_entropy, reduction="sum"), torch.bfloat16
+    ).errors(truth)
+    assert ours["d_hidden"] <= 2 * stock["d_hidden"]
+    assert ours["d_weight"] <= 2 * stock["d_weight"]
+
+
+def test_many_chunks_in_bfloat16_do_not_wear_out_the_weights_gradient(monkeypatch):
+    problem = Problem(T=1024, D=32, V=200, ignored=0).rounded(torch.bfloat16)
+    loss_of = full_logits(HeadLossOptions())
+    truth = problem.run(loss_of)
+    stock = problem.run(loss_of, torch.bfloat16).errors(truth)
+    monkeypatch.setattr(
+        engine, "plan_chunks", lambda n, *_, **__: engine.ChunkPlan(n, 4, 0, 0, 0)
+    )
+    sums = partial(linear_cross_entropy, reduction="sum")
+    in_float32 = problem.run(sums, torch.bfloat16).errors(truth)
+    in_bfloat16 = problem.run(
+        partial(sums, acc_dtype=torch.bfloat16), torch.bfloat16
+    ).errors(truth)
+    assert in_float32["d_weight"] <= stock["d_weight"] * 1.1
+    # The option exists, and this is its price.
+    assert in_bfloat16["d_weight"] > 3 * stock["d_weight"]
+
+
+def test_frozen_inputs_get_no_gradient():
+    problem = Problem()
+    truth = problem.run(linear_cross_entropy)
+    hidden = problem.hidden.clone().requires_grad_()
+    linear_cross_entropy(hidden, problem.weight, problem.labels).backward()
+    assert relative_error(hidden.grad, truth.d_hidden) < 1e-14
+    weight = problem.weight.clone().requires_grad_()
+    linear_cross_entropy(problem.hidden, weight, problem.labels).backward()
+    assert relative_error(weight.grad, truth.d_weight) < 1e-14
+
+
+def test_no_grad_gives_the_same_loss_and_no_graph():
+    problem = Problem()
+    weight = problem.weight.clone().requires_grad_()
+    with_grad = linear_cross_entropy(problem.hidden, weight, problem.labels)
+    with torch.no_grad():
+        without = linear_cross_entropy(problem.hidden, weight, problem.labels)
+    assert torch.equal(with_grad, without)
+    assert not without.requires_grad
+
+
+def test_any_leading_shape_and_any_strides():
+    problem = Problem(T=60)
+    flat = linear_cross_entropy(problem.hidden, problem.weight, problem.labels)
+    shaped = linear_cross_entropy(
+        problem.hidden.reshape(3, 4, 5, -1),
+        problem.weight,
+        problem.labels.view(3, 4, 5),
+    )
+    assert torch.equal(shaped, flat)
+    wide = torch.zeros(60, 2 * 48, dtype=torch.float64)
+    wide[:, ::2] = problem.hidden
+    transposed = problem.weight.T.contiguous().T
+    strided = linear_cross_entropy(wide[:, ::2], transposed, problem.labels)
+    torch.testing.assert_close(strided, flat, rtol=1e-14, atol=0)
+
+
+def test_another_ignore_index():
+    problem = Problem(ignore_index=3)
+    truth = problem.run(lambda h, w, y: F.cross_entropy(h @ w.T, y, ignore_index=3))
+    ours = problem.run(partial(linear_cross_entropy, ignore_index=3))
+    assert max(ours.errors(truth).values()) < 1e-12
+
+
+def test_under_autocast_float32_parameters_get_the_float32_sum():
+    """One rounding less than casting the weight outside."""
+    problem = Problem(T=300, D=64, V=1000).rounded(torch.bfloat16)
+    truth = problem.run(full_logits(HeadLossOptions()))
+
+    def autocast(loss_of):
+        def run(*args):
+            with torch.autocast("cpu", torch.bfloat16):
+                return loss_of(*args)
+
+        return run
+
+    stock = problem.run(autocast(full_logits(HeadLossOptions())), torch.float32)
+    ours = problem.run(
+        autocast(partial(linear_cross_entropy, reduction="sum")), torch.float32
+    )
+    stock_errors, errors = stock.errors(truth), ours.errors(truth)
+    assert errors["d_weight"] < stock_errors["d_weight"]
+    assert errors["d_hidden"] <= 1.1 * stock_errors["d_hidden"]
+
+
+@pytest.mark.parametrize("label", [517, 10**9, -1, -101])
+def test_a_label_that_is_no_word_is_an_error_with_value_and_position(label):
+    problem = Problem()
+    labels = problem.labels.clone()
+    labels[11] = label
+    with pytest.raises(ValueError, match=rf"labels\[11\] is {label}\b.*\[0, 517\)"):
+        linear_cross_entropy(problem.hidden, problem.weight, labels)
+
+
+def test_an_unchecked_label_that_is_no_word_makes_the_loss_nan():
+    problem = Problem()
+    problem.labels[11] = 517
+    out = HeadLoss()(problem.hidden, problem.weight, problem.labels, check_labels=False)
+    assert out.loss.isnan()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(4, 9)}, r"hidden \(4, 9\) and weight \(7, 8\)"),
+        ({"labels": torch.zeros(5, dtype=torch.long)}, r"labels \(5,\)"),
+        ({"labels": torch.zeros(4)}, "signed integers, got torch.float32"),
+        ({"weight": torch.zeros(8)}, r"weight must be \[V, D\], got \(8,\)"),
+        ({"hidden": torch.zeros(4, 8).bfloat16()}, "bfloat16 and weight is .*float32"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(change, message):
+    inputs = {
+        "hidden": torch.zeros(4, 8),
+        "weight": torch.zeros(7, 8),
+        "labels": torch.zeros(4, dtype=torch.long),
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**(inputs | change))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("label_smoothing", 1.0),
+        ("label_smoothing", -0.1),
+        ("z_loss", -1e-4),
+        ("z_loss", float("nan")),
+        ("logit_softcap", -30.0),
+        ("acc_dtype", torch.float16),
+        ("logits_memory_mib", -1),
+        ("impl", "liger"),
+        ("reduction", "none"),
+    ],
+)
+def test_settings_out_of_range_are_named_with_their_value(setting, value):
+    problem = Problem()
+    with pytest.raises(ValueError, match=f"{setting}.*{value}"):
+        linear_cross_entropy(
+            problem.hidden, problem.weight, problem.labels, **{setting: value}
+        )
+
+
+def test_gradcheck():
+    problem = Problem(T=3, D=4, V=7, ignored=0)
+    problem.labels[1] = -100
+    inputs = (
+        problem.hidden.requires_grad_(),
+        problem.weight.requires_grad_(),
+    )
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(
+            h, w, problem.labels, label_smoothing=0.1, z_loss=0.1, logit_softcap=3.0
+        ),
+        inputs,
+    )
+
+
+def test_softmax_gradient_of_a_row_sums_to_the_z_losss():
+    """sum_j d/dz_j = d/dlse: zero for cross entropy, for any smoothing."""
+    problem = Problem(T=20, D=517, V=517)
+    problem.weight = torch.eye(517, dtype=torch.float64)  # hidden states are logits
+    ours = problem.run(
+        partial(linear_cross_entropy, label_smoothing=0.3, reduction="sum")
+    )
+    assert ours.d_hidden.sum(dim=1).abs().max() < 1e-14
+    z_loss = problem.run(partial(linear_cross_entropy, z_loss=0.5, reduction="sum"))
+    lse = problem.hidden.logsumexp(dim=1)
+    expected = torch.where(problem.labels == -100, 0.0, lse)
+    torch.testing.assert_close(z_loss.d_hidden.sum(dim=1), expected)

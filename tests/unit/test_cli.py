@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+
+from torchtitan_liger.cli import PACKAGE_PARENT, prepare_argv, read_toml
+
+FLAG = "--liger_kernel.enable_fused_linear_cross_entropy"
+OFF = "--liger_kernel.no-enable_fused_linear_cross_entropy"
+ASSETS = "torchtitan_liger/assets/tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("argv", "prepared"),
+    [
+        ([FLAG], [FLAG]),
+        ([FLAG, "True"], [FLAG]),
+        ([FLAG, "False"], [OFF]),
+        ([f"{FLAG}=False", "--training.steps", "3"], [OFF, "--training.steps", "3"]),
+        ([f"{FLAG}=True"], [FLAG]),
+        (["--job.description", "x", "False"], ["--job.description", "x", "False"]),
+        (["False"], ["False"]),
+    ],
+)
+def test_true_and_false_may_follow_a_flag(argv, prepared):
+    assert prepare_argv(argv) == prepared
+
+
+def test_our_assets_are_found_from_any_folder(tmp_path, monkeypatch):
+    config = tmp_path / "c.toml"
+    config.write_text(f'[model]\nhf_assets_path = "{ASSETS}"\n')
+    argv = ["--job.config_file", str(config), "--training.steps", "3"]
+    monkeypatch.chdir(tmp_path)
+    assert prepare_argv(argv) == [
+        f"--model.hf_assets_path={PACKAGE_PARENT / ASSETS}",
+        *argv,
+    ]
+    (tmp_path / ASSETS).mkdir(parents=True)  # the user's own of that name wins
+    assert prepare_argv(argv) == argv
+
+
+def test_other_assets_are_left_alone(tmp_path):
+    config = tmp_path / "c.toml"
+    config.write_text('[model]\nhf_assets_path = "assets/hf/Llama-3.1-8B"\n')
+    argv = [f"--job.config-file={config}"]
+    assert prepare_argv(argv) == argv
+
+
+def test_a_config_that_cannot_be_read_is_left_to_torchtitan(tmp_path):
+    assert read_toml(["--job.config_file", str(tmp_path / "none.toml")])[1] == {}
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[model\n")
+    assert read_toml([f"--job.config_file={broken}"])[1] == {}
+    assert read_toml(["--job.config_file"])[1] == {}

@@ -1,0 +1,232 @@
+"""Every row of the table of refusals and fallbacks, and what is neither."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchtitan.config import ConfigManager
+
+from torchtitan_liger import models
+from torchtitan_liger.config_validator import (
+    FLAG,
+    FLAG_OFF,
+    RULES,
+    Environment,
+    check_keys,
+    check_vocabulary,
+    model_args,
+    resolve,
+)
+from torchtitan_liger.liger_api import INSTALL_HINT, LigerStatus
+
+GPU = Environment("cuda", LigerStatus(True, True))
+CPU = Environment("cpu", LigerStatus(True, False, "the kernels need a GPU"))
+MISSING = Environment("cuda", LigerStatus(False, False, INSTALL_HINT))
+BROKEN = Environment("cuda", LigerStatus(False, False, "its import fails with OSError"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    for name in ("llama3", "qwen3"):
+        models.register(name)
+
+
+def job(*args: str, on: bool = True, flavor: str = "debugmodel_16k"):
+    return ConfigManager().parse_args(
+        [
+            "--job.custom_config_module=torchtitan_liger.job_config",
+            f"--model.flavor={flavor}",
+            "--model.hf_assets_path=.",
+            *([f"--{FLAG}"] if on else []),
+            *args,
+        ]
+    )
+
+
+def test_off_by_default():
+    plan = resolve(job(on=False), MISSING)
+    assert not plan.enabled
+    assert plan.warning == ""
+
+
+def test_off_refuses_nothing():
+    assert not resolve(
+        job("--parallelism.pipeline_parallel_degree=2", on=False), GPU
+    ).enabled
+    with pytest.raises(RuntimeError):
+        resolve(job("--parallelism.pipeline_parallel_degree=2"), GPU)
+    # The way out that the message names.
+    way_out = job("--parallelism.pipeline_parallel_degree=2", FLAG_OFF)
+    assert not resolve(way_out, GPU).enabled
+    assert resolve(job("--parallelism.pipeline_parallel_degree", "1"), GPU).enabled
+
+
+def test_auto_is_liger_where_it_runs():
+    plan = resolve(job(), GPU)
+    assert plan.impl == "liger"
+    assert plan.announcement() == "Using Liger-Kernel fused linear cross entropy loss"
+    assert plan.warning == ""
+
+
+@pytest.mark.parametrize("impl", ["liger", "chunked", "reference"])
+def test_an_implementation_asked_for_by_name_is_used(impl):
+    assert resolve(job(f"--liger_kernel.impl={impl}"), GPU).impl == impl
+
+
+def test_auto_without_a_gpu_is_chunked_and_says_why_without_a_warning():
+    plan = resolve(job(), CPU)
+    assert plan.impl == "chunked"
+    assert plan.warning == ""
+    assert plan.announcement().endswith("loss: the kernels need a GPU")
+
+
+def test_liger_by_name_without_a_gpu_warns():
+    plan = resolve(job("--liger_kernel.impl=liger"), CPU)
+    assert plan.impl == "chunked"
+    assert "the kernels need a GPU" in plan.warning
+
+
+@pytest.mark.parametrize("impl", ["auto", "liger"])
+@pytest.mark.parametrize("environment", [MISSING, BROKEN], ids=["missing", "broken"])
+def test_liger_missing_or_broken_warns_with_the_reason_and_trains_chunked(
+    impl, environment
+):
+    plan = resolve(job(f"--liger_kernel.impl={impl}"), environment)
+    assert plan.impl == "chunked"
+    assert environment.liger.reason in plan.warning
+
+
+@pytest.mark.parametrize("environment", [MISSING, BROKEN, CPU])
+def test_fallback_error_raises_an_import_error_with_the_reason(environment):
+    with pytest.raises(ImportError, match=environment.liger.reason) as error:
+        resolve(job("--liger_kernel.fallback=error"), environment)
+    assert "--liger_kernel.impl chunked" in str(error.value)
+    # The way out works.
+    plan = resolve(
+        job("--liger_kernel.fallback=error", "--liger_kernel.impl=chunked"), environment
+    )
+    assert plan.impl == "chunked"
+
+
+def test_chunked_does_not_ask_for_liger():
+    plan = resolve(job("--liger_kernel.impl=chunked"), MISSING)
+    assert plan.warning == ""
+    assert plan.announcement() == "Using the chunked linear cross entropy loss"
+
+
+def test_pipeline_parallelism_is_refused_in_the_documented_words():
+    with pytest.raises(RuntimeError) as error:
+        resolve(job("--parallelism.pipeline_parallel_degree=4"), GPU)
+    message = str(error.value)
+    assert message.startswith(
+        "Liger-Kernel fused linear cross entropy loss is not compatible with "
+        "Pipeline Parallelism. "
+    )
+    assert "--parallelism.pipeline_parallel_degree 1" in message
+    assert FLAG_OFF in message
+
+
+def test_tensor_parallelism_is_chunked():
+    plan = resolve(job("--parallelism.tensor_parallel_degree=2"), GPU)
+    assert plan.impl == "chunked"
+    assert "tensor_parallel_degree is 2" in plan.reason
+    assert plan.warning == ""
+
+
+def test_the_reference_under_tensor_parallelism_is_refused():
+    with pytest.raises(ValueError, match="use --liger_kernel.impl chunked"):
+        resolve(
+            job(
+                "--parallelism.tensor_parallel_degree=2",
+                "--liger_kernel.impl=reference",
+            ),
+            GPU,
+        )
+
+
+def test_tied_embeddings_under_tensor_parallelism_are_refused():
+    args = ("--model.name=qwen3", "--parallelism.tensor_parallel_degree=2")
+    with pytest.raises(ValueError, match="0.6B ties its embedding"):
+        resolve(job(*args, flavor="0.6B"), GPU)
+    assert resolve(job(*args, flavor="14B"), GPU).enabled
+
+
+@pytest.mark.parametrize(
+    ("converter", "key"),
+    [
+        ("float8", "quantize.linear.float8"),
+        ("quantize.linear.mx", "quantize.linear.mx"),
+    ],
+)
+def test_a_converter_that_would_take_the_head_is_refused(converter, key):
+    converters = f"--model.converters={converter}"
+    with pytest.raises(ValueError, match=f"--{key}.filter_fqns") as error:
+        resolve(job(converters, f"--{key}.filter_fqns=attention.wq"), GPU)
+    assert "attention.wq,output" in str(error.value)
+    way_out = f"--{key}.filter_fqns=attention.wq,output"
+    assert resolve(job(converters, way_out), GPU).enabled
+
+
+def test_each_rule_has_a_test_of_its_own():
+    assert [rule.topic for rule in RULES] == [
+        "pipeline parallelism",
+        "float8 or MX head",
+        "tied embeddings with TP",
+        "reference with TP",
+        "Liger-Kernel missing",
+        "Liger-Kernel without a GPU",
+        "Liger-Kernel with TP",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("impl", "ligr", "must be one of 'auto', 'liger', 'chunked', 'reference'"),
+        ("fallback", "ignore", "must be one of 'warn', 'error'"),
+        ("acc_dtype", "float16", "must be one of 'float32', 'bfloat16'"),
+        ("logits_memory_mib", -1, "must be 0"),
+        ("logits_memory_mib", "256", "must be a whole number"),
+        ("enable_fused_linear_cross_entropy", "yes", "must be true or false"),
+    ],
+)
+def test_values_out_of_range_are_named(field, value, message):
+    config = job(on=False)
+    setattr(config.liger_kernel, field, value)  # as a TOML can
+    with pytest.raises(
+        ValueError, match=rf"liger_kernel.{field} is {value!r}.*{message}"
+    ):
+        resolve(config, GPU)
+
+
+def test_settings_reach_the_options():
+    plan = resolve(
+        job("--liger_kernel.acc_dtype=bfloat16", "--liger_kernel.logits_memory_mib=64"),
+        GPU,
+    )
+    assert plan.options.acc_dtype == torch.bfloat16
+    assert plan.options.logits_memory_mib == 64
+
+
+def test_a_job_without_our_section_says_how_to_get_it():
+    with pytest.raises(ValueError, match="job.custom_config_module"):
+        resolve(ConfigManager().parse_args(["--model.hf_assets_path=."]), GPU)
+
+
+def test_a_wrong_flavor_lists_the_right_ones():
+    with pytest.raises(ValueError, match=r"'debugmodl'.*debugmodel_16k"):
+        model_args(job(flavor="debugmodl"))
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused():
+    check_vocabulary(job(), 16384)
+    with pytest.raises(ValueError, match="has 16385 words, but .* only 16384"):
+        check_vocabulary(job(), 16385)
+
+
+def test_an_unknown_key_is_named_with_its_value_and_its_neighbour():
+    check_keys({"liger_kernel": {"impl": "auto"}, "model": {}}, "a.toml")
+    with pytest.raises(ValueError, match=r"a.toml: .*no key impll .*'x'.* mean impl\?"):
+        check_keys({"liger_kernel": {"impll": "x"}}, "a.toml")
+    with pytest.raises(ValueError, match="no key zzz .*logits_memory_mib"):
+        check_keys({"liger_kernel": {"zzz": 1}}, "a.toml")

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torchtitan.tools.utils as torchtitan_utils
+
+from tests.conftest import HAS_GPU
+from torchtitan_liger import device
+
+MIB = 2**20
+
+
+def test_torchtitan_uses_the_device_that_is_there():
+    assert torchtitan_utils.device_type == ("cuda" if HAS_GPU else "cpu")
+    assert device.prepare() == torchtitan_utils.device_type
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the CPU is used only where there is no GPU")
+def test_torch_is_left_as_it_was():
+    assert torch._utils._get_available_device_type() is None
+    assert torch._utils._get_device_module("cpu") is torch.cpu
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the CPU is used only where there is no GPU")
+def test_too_late_is_an_error(monkeypatch):
+    monkeypatch.setattr(torchtitan_utils, "device_type", "cuda")
+    with pytest.raises(RuntimeError, match="call prepare"):
+        device.prepare()
+
+
+def test_the_cpu_module_is_torch_cpu_with_memory():
+    module = device.CPUDeviceModule()
+    assert module.is_available is torch.cpu.is_available
+    assert module.current_device() == 0
+    assert module.get_device_properties().total_memory > 2**28
+    assert isinstance(module.get_device_name(), str)
+
+
+def test_peak_memory_is_that_of_the_process_since_the_reset():
+    module = device.CPUDeviceModule()
+    module.reset_peak_memory_stats()
+    before = module.memory_stats()["reserved_bytes.all.peak"]
+    block = torch.ones(64 * MIB, dtype=torch.uint8)
+    del block
+    during = module.memory_stats()["reserved_bytes.all.peak"]
+    assert 48 * MIB < during - before < 128 * MIB
+    module.reset_peak_memory_stats()
+    after = module.memory_stats()["reserved_bytes.all.peak"]
+    assert after < during - 32 * MIB

@@ -1,0 +1,187 @@
+"""Liger's real kernel, through Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import HAS_GPU
+from tests.helpers import Problem, full_logits, relative_error
+from torchtitan_liger import liger_api
+from torchtitan_liger.head_loss import HeadLossOptions, VocabShard
+from torchtitan_liger.head_loss.chunking import MIB
+from torchtitan_liger.liger_api import (
+    LigerHeadLoss,
+    chunk_mem_const,
+    liger_rows,
+    liger_status,
+)
+
+DEVICE = "cuda" if HAS_GPU else "cpu"
+# Liger's softcap calls libdevice, which Triton's interpreter does not have.
+SOFTCAPS = (0.0, 2.0) if HAS_GPU else (0.0,)
+SETTINGS = [
+    {"label_smoothing": smoothing, "z_loss": z_loss, "logit_softcap": softcap}
+    for smoothing, z_loss, softcap in itertools.product(
+        (0.0, 0.1), (0.0, 1e-2), SOFTCAPS
+    )
+]
+
+
+def liger_loss(options: HeadLossOptions, **kwargs):
+    head_loss = LigerHeadLoss(options)
+    return lambda *inputs: head_loss(*inputs, **kwargs).loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_liger_is_as_exact_as_full_logits(settings, dtype):
+    options = HeadLossOptions(**settings)
+    problem = Problem(T=37, D=16, V=101).rounded(dtype)
+    truth = problem.run(full_logits(options))
+    stock = problem.run(full_logits(options), dtype, DEVICE).errors(truth)
+    ours = problem.run(liger_loss(options), dtype, DEVICE).errors(truth)
+    floor = 4 * torch.finfo(torch.float32).eps
+    for name, error in ours.items():
+        assert error <= max(2 * stock[name], floor), (name, ours, stock)
+
+
+def test_normalizer_and_incoming_gradient_scale_loss_and_gradients():
+    options = HeadLossOptions()
+    problem = Problem(T=37, D=16, V=101).rounded(torch.float32)
+    once = problem.run(liger_loss(options), torch.float32, DEVICE)
+    scaled = problem.run(
+        liger_loss(options, normalizer=torch.tensor(8.0)),
+        torch.float32,
+        DEVICE,
+        upstream=0.25,
+    )
+    assert relative_error(scaled.loss, once.loss / 8) < 1e-6
+    assert relative_error(scaled.d_hidden, once.d_hidden / 32) < 1e-6
+    assert relative_error(scaled.d_weight, once.d_weight / 32) < 1e-6
+
+
+def test_terms_are_those_of_the_engine():
+    problem = Problem(T=37, D=16, V=101)
+    options = HeadLossOptions(z_loss=0.01)
+    out = LigerHeadLoss(options)(
+        problem.hidden.float().to(DEVICE),
+        problem.weight.float().to(DEVICE),
+        problem.labels.to(DEVICE),
+    )
+    valid = problem.labels != -100
+    lse = (problem.hidden @ problem.weight.T).logsumexp(dim=1)[valid]
+    assert out.terms["z_loss"].item() == pytest.approx(lse.square().sum().item(), 1e-5)
+    total = out.terms["cross_entropy"] + 0.01 * out.terms["z_loss"]
+    assert out.loss.item() == pytest.approx(total.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("T", [0, 5])
+def test_a_batch_without_labels_has_loss_0_and_gradients_0(T):
+    problem = Problem(T=T, D=16, V=101, ignored=1.1)
+    loss_of = liger_loss(HeadLossOptions(), normalizer=0)
+    ours = problem.run(loss_of, torch.float32, DEVICE)
+    assert ours.loss == 0
+    assert not ours.d_hidden.any()
+    assert not ours.d_weight.any()
+
+
+def test_a_frozen_decoder_leaves_the_weight_its_gradient():
+    problem = Problem(T=37, D=16, V=101)
+    truth = problem.run(full_logits(HeadLossOptions()))
+    weight = problem.weight.float().to(DEVICE).requires_grad_()
+    hidden = problem.hidden.float().to(DEVICE)
+    LigerHeadLoss()(hidden, weight, problem.labels.to(DEVICE)).loss.backward()
+    assert relative_error(weight.grad.double().cpu(), truth.d_weight) < 1e-6
+    assert not hidden.requires_grad
+
+
+def test_a_bad_label_is_an_error_with_value_and_position():
+    problem = Problem(T=37, D=16, V=101)
+    problem.labels[7] = 101
+    with pytest.raises(ValueError, match=r"labels\[7\] is 101"):
+        problem.run(liger_loss(HeadLossOptions()), torch.float32, DEVICE)
+
+
+def test_a_sharded_vocabulary_is_refused():
+    problem = Problem(T=3)
+    shard = VocabShard(start=0, vocab_size=1034, group=None)
+    with pytest.raises(ValueError, match='use impl="chunked"'):
+        LigerHeadLoss()(problem.hidden, problem.weight, problem.labels, shard=shard)
+
+
+SHAPES = [(16384, 4096, 128256), (65536, 2048, 128256), (2048, 256, 16384), (1, 8, 9)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("budget_mib", [1, 64, 256, 1024, 10**6])
+def test_chunk_mem_const_is_the_largest_within_the_budget(shape, budget_mib):
+    const = chunk_mem_const(*shape, 2, budget_mib * MIB)
+    row_bytes = 2 * shape[2]
+    if const > 1:
+        assert liger_rows(*shape, const) * row_bytes <= budget_mib * MIB
+    if liger_rows(*shape, const) < shape[0]:
+        assert liger_rows(*shape, const + 1) * row_bytes > budget_mib * MIB
+
+
+def test_liger_rows_are_ligers_own(monkeypatch):
+    """Our formula for Liger's chunks, against the calls that Liger makes."""
+    ops = sys.modules["liger_kernel.ops.fused_linear_cross_entropy"]
+    kernel, rows = ops.liger_cross_entropy_kernel, []
+
+    class Spy:
+        def __getitem__(self, grid):
+            rows.append(grid[0])
+            return kernel[grid]
+
+    monkeypatch.setattr(ops, "liger_cross_entropy_kernel", Spy())
+    problem = Problem(T=50, D=8, V=101)
+    head_loss = LigerHeadLoss()
+    for const in (1, 2, 5, 13):
+        rows.clear()
+        monkeypatch.setattr(liger_api, "chunk_mem_const", lambda *_, c=const: c)
+        problem.run(lambda *a: head_loss(*a).loss, torch.float32, DEVICE)
+        assert rows[0] == liger_rows(50, 8, 101, const)
+
+
+def test_usable_here():
+    assert liger_status(DEVICE).usable
+
+
+def test_no_gpu_is_a_reason_of_its_own(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    status = liger_status("cpu")
+    assert status.importable
+    assert not status.usable
+    assert "need a GPU" in status.reason
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, AttributeError, SystemError])
+def test_whatever_the_import_raises_becomes_the_reason(monkeypatch, error):
+    def broken(name):
+        raise error("no ptxas")
+
+    monkeypatch.setattr(liger_api.importlib, "import_module", broken)
+    status = liger_status(DEVICE)
+    assert not status.importable
+    assert f"import fails with {error.__name__}: no ptxas" in status.reason
+
+
+def test_a_dependency_of_ligers_that_is_missing_is_not_liger_missing(monkeypatch):
+    def broken(name):
+        raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+    monkeypatch.setattr(liger_api.importlib, "import_module", broken)
+    assert "No module named 'triton'" in liger_status(DEVICE).reason
+
+
+def test_an_old_version_says_what_to_type(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.5.10")
+    status = liger_status(DEVICE)
+    assert not status.importable
+    assert "0.5.10 is too old, at least 0.8.4" in status.reason
+    assert "pip install -U liger-kernel" in status.reason

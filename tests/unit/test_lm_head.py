@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import Problem
+from torchtitan_liger.head_loss import HeadLoss, linear_cross_entropy
+from torchtitan_liger.lm_head import LMHead
+
+
+def test_from_linear_shares_the_weight_and_draws_no_random_numbers():
+    linear = nn.Linear(8, 13, bias=False)
+    state = torch.get_rng_state()
+    head = LMHead.from_linear(linear)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert head.weight is linear.weight
+    assert head.state_dict().keys() == linear.state_dict().keys()
+
+
+def test_without_labels_it_is_the_linear_layer():
+    linear = nn.Linear(8, 13, bias=False)
+    hidden = torch.randn(2, 3, 8)
+    assert torch.equal(LMHead.from_linear(linear)(hidden), linear(hidden))
+
+
+def test_with_labels_it_is_the_loss_and_counts_its_calls():
+    problem = Problem()
+    linear = nn.Linear(48, 517, bias=False, dtype=torch.float64)
+    linear.weight.data = problem.weight
+    head = LMHead.from_linear(linear)
+    head.head_loss = HeadLoss()
+    out = head(problem.hidden, problem.labels, normalizer=3)
+    expected = linear_cross_entropy(
+        problem.hidden, problem.weight, problem.labels, reduction="sum"
+    )
+    assert out.loss.item() == pytest.approx(expected.item() / 3, rel=1e-14)
+    assert head.num_fused_calls == 1
+    head(problem.hidden)
+    assert head.num_fused_calls == 1
+    head.head_loss = HeadLoss(impl="reference")
+    head(problem.hidden, problem.labels)
+    assert head.num_fused_calls == 1
+
+
+def test_labels_without_a_loss_say_what_to_set():
+    head = LMHead.from_linear(nn.Linear(8, 13, bias=False))
+    with pytest.raises(RuntimeError, match="enable_fused_linear_cross_entropy"):
+        head(torch.zeros(1, 1, 8), torch.zeros(1, 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(8, 13), nn.Identity(), nn.utils.weight_norm]
+)
+def test_a_head_that_is_no_plain_linear_layer_is_refused(layer):
+    with pytest.raises(ValueError, match="only a plain torch.nn.Linear without bias"):
+        LMHead.from_linear(layer)

@@ -1,0 +1,102 @@
+"""The five decoders: stock when asked for logits, hidden states when asked for those."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
+from torchtitan.protocols.train_spec import TrainSpec
+
+from torchtitan_liger.lm_head import LMHead
+from torchtitan_liger.models import DECODERS, train_spec, with_hidden_states
+
+pytestmark = pytest.mark.filterwarnings(
+    # flex attention outside torch.compile, which is slow and right
+    "ignore:flex_attention called without torch.compile:UserWarning",
+    "ignore:.*grouped_mm:UserWarning",
+)
+
+
+def stock_spec(name: str) -> TrainSpec:
+    return importlib.import_module(f"torchtitan.models.{name}").get_train_spec()
+
+
+def build(name: str, *, ours: bool) -> nn.Module:
+    """The debug model of `name`, in one layer, from one seed."""
+    spec = train_spec(name) if ours else stock_spec(name)
+    args = copy.deepcopy(spec.model_args["debugmodel"])
+    args.n_layers = min(args.n_layers, 2)
+    args.max_seq_len = 32
+    torch.manual_seed(0)
+    model = spec.model_cls(args)
+    with torch.no_grad():
+        model.init_weights(buffer_device=torch.device("cpu"))
+    return model.eval()
+
+
+def run(model: nn.Module, name: str, **kwargs: bool) -> torch.Tensor:
+    tokens = torch.randint(
+        model.model_args.vocab_size, (2, 32), generator=torch.Generator().manual_seed(1)
+    )
+    if name == "gpt_oss":  # its attention takes its masks from outside
+        mask = create_block_mask(
+            lambda b, h, q, k: q >= k, None, None, 32, 32, device="cpu"
+        )
+        kwargs["attention_masks"] = {"basic_mask": mask, "sliding_window_mask": mask}
+    with torch.no_grad():
+        return model(tokens, **kwargs)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_stock_weights_keys_and_logits_bit_for_bit(name):
+    stock, ours = build(name, ours=False), build(name, ours=True)
+    stock_state, our_state = stock.state_dict(), ours.state_dict()
+    assert list(our_state) == list(stock_state)
+    for key, value in stock_state.items():
+        assert torch.equal(our_state[key], value), key
+    assert isinstance(ours.output, LMHead)
+    assert [n for n, _ in ours.named_modules()] == [n for n, _ in stock.named_modules()]
+    assert torch.equal(run(ours, name), run(stock, name))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_hidden_states_are_what_the_head_gets(name):
+    model = build(name, ours=True)
+    seen = []
+    model.output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    logits = run(model, name)
+    hidden = run(model, name, return_hidden_states=True)
+    assert len(seen) == 1  # the head did not run the second time
+    assert torch.equal(hidden, seen[0])
+    assert torch.equal(model.output(hidden), logits)
+
+
+def test_the_head_is_back_after_a_forward_that_fails():
+    model = build("llama3", ours=True)
+    head = model.output
+    with pytest.raises(IndexError):
+        model(torch.full((1, 4), 10**6), return_hidden_states=True)
+    assert model.output is head
+
+
+def test_tied_weights_stay_tied():
+    spec = train_spec("qwen3")
+    args = copy.deepcopy(spec.model_args["0.6B"])
+    args.n_layers = 1
+    with torch.device("meta"):
+        model = spec.model_cls(args)
+    assert model.output.weight is model.tok_embeddings.weight
+
+
+def test_decoders_keep_their_names():
+    stock = stock_spec("llama3").model_cls
+    assert with_hidden_states(stock).__name__ == stock.__name__
+
+
+def test_other_models_are_refused_by_name():
+    with pytest.raises(ValueError, match="model.name is 'flux'.*llama3"):
+        train_spec("flux")

@@ -189,7 +189,7 @@ class LigerHeadLoss:
         budget = budget_bytes(self.options.logits_memory_mib, device_type)
         const = chunk_mem_const(num_tokens, dim, vocab_size, dtype.itemsize, budget)
         rows = liger_rows(num_tokens, dim, vocab_size, const)
-        return make_plan(num_tokens, rows, vocab_size * dtype.itemsize)
+        return make_plan(num_tokens, rows, vocab_size, dtype.itemsize, dtype.itemsize)
 
     def _budget(self, hidden: torch.Tensor) -> int:
         return budget_bytes(self.options.logits_memory_mib, hidden.device.type)

@@ -119,9 +119,14 @@ def _run(
     by_term = torch.zeros(len(terms), dtype=math_dtype, device=hidden_TD.device)
     d_hidden_TD = torch.empty_like(hidden_TD) if need_d_hidden else None
     d_weight = _WeightGradient(weight_vD, options.acc_dtype) if need_d_weight else None
-    # One buffer for the logits of every chunk.
-    buffer_Cv = hidden_TD.new_empty(
-        min(call.tokens_per_chunk, hidden_TD.shape[0]), num_columns
+    # The logits of every chunk in turn, in the dtype of the products and in that of the
+    # sweeps; one buffer where the two are the same.
+    shape = min(call.tokens_per_chunk, hidden_TD.shape[0]), num_columns
+    buffer_Cv = hidden_TD.new_empty(shape)
+    wide_Cv = (
+        buffer_Cv
+        if math_dtype == hidden_TD.dtype
+        else hidden_TD.new_empty(shape, dtype=math_dtype)
     )
     weight_Dv = weight_vD.t()
 
@@ -131,10 +136,13 @@ def _run(
         # 0 * NaN would.
         hidden_CD = hidden_TD[rows].masked_fill(~valid_T[rows, None], 0)
         column_C = column_T[rows]
-        logits_Cv = torch.mm(hidden_CD, weight_Dv, out=buffer_Cv[: len(hidden_CD)])
+        narrow_Cv = torch.mm(hidden_CD, weight_Dv, out=buffer_Cv[: len(hidden_CD)])
+        logits_Cv = wide_Cv[: len(hidden_CD)]
+        if wide_Cv is not buffer_Cv:
+            logits_Cv.copy_(narrow_Cv)
 
         local, swept = statistics_sweep(
-            logits_Cv.to(math_dtype),
+            logits_Cv,
             column_C,
             softcap=options.logit_softcap,
             need_logit_sum="uniform_ce" in needs,
@@ -154,7 +162,10 @@ def _run(
         d_logits_Cv = gradient_sweep(
             swept, column_C, _coefficients(values.partials, stats, vocab_size)
         )
-        narrow_Cv = d_logits_Cv.to(hidden_CD.dtype)
+        if wide_Cv is not buffer_Cv:
+            narrow_Cv.copy_(d_logits_Cv)
+        else:
+            narrow_Cv = d_logits_Cv
         if d_hidden_TD is not None:
             torch.mm(narrow_Cv, weight_vD, out=d_hidden_TD[rows])
         if d_weight is not None:

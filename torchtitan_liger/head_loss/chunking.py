@@ -22,17 +22,16 @@ DEFAULT_BUDGET_MIB_GPU = 1024
 class ChunkPlan:
     """The pieces in which a call goes through the logits."""
 
-    num_tokens: int
     tokens_per_chunk: int
     num_chunks: int
-    logits_bytes: int  # of one chunk: the most that exists at one time
-    full_logits_bytes: int  # of all tokens: what logits in one piece would take
+    logits_bytes: int  # the most that logits and what they turn into take at one time
+    full_logits_bytes: int  # what the logits of all tokens alone would take
 
     def __str__(self) -> str:
         return (
-            f"{_human(self.logits_bytes)} of logits at a time "
+            f"at most {_human(self.logits_bytes)} for logits "
             f"({self.num_chunks} x {self.tokens_per_chunk} tokens) "
-            f"instead of {_human(self.full_logits_bytes)}"
+            f"where all logits would take {_human(self.full_logits_bytes)}"
         )
 
 
@@ -44,35 +43,45 @@ def budget_bytes(logits_memory_mib: int, device_type: str) -> int:
 
 
 def plan_chunks(
-    num_tokens: int, vocab_size: int, *, bytes_per_logit: int, budget: int
+    num_tokens: int,
+    vocab_size: int,
+    *,
+    itemsize: int,
+    bytes_per_logit: int,
+    budget: int,
 ) -> ChunkPlan:
     """Cut `num_tokens` into the fewest equal chunks whose logits fit into `budget` bytes.
 
     A chunk has at least one token, so a budget below one row of logits is exceeded by
-    that one row. `vocab_size` is the number of columns on this rank.
+    that one row.
+
+    Args:
+        vocab_size: columns on this rank.
+        itemsize: bytes of one logit.
+        bytes_per_logit: bytes that the engine needs for each logit of a chunk.
     """
-    row_bytes = max(1, vocab_size * bytes_per_logit)
-    most = max(1, budget // row_bytes)
-    num_chunks = max(1, _cdiv(num_tokens, most))
-    tokens_per_chunk = max(1, _cdiv(num_tokens, num_chunks))
-    # Matrix products like full tiles; equal chunks like no remainder. Round up where the
-    # budget allows it.
-    for tile in (128, 64, 32, 16):
-        rounded = _cdiv(tokens_per_chunk, tile) * tile
-        if tile < tokens_per_chunk and rounded <= most:
-            tokens_per_chunk = min(rounded, num_tokens)
-            break
-    return make_plan(num_tokens, tokens_per_chunk, row_bytes)
+    most = max(1, budget // max(1, vocab_size * bytes_per_logit))
+    # Matrix products like full tiles, and the last chunk should not be a scrap.
+    tile = next((t for t in (128, 64, 32, 16) if most >= 4 * t), 1)
+    most -= most % tile
+    rows = _cdiv(num_tokens, max(1, _cdiv(num_tokens, most)))
+    rows = max(1, min(_cdiv(rows, tile) * tile, num_tokens))
+    return make_plan(num_tokens, rows, vocab_size, itemsize, bytes_per_logit)
 
 
-def make_plan(num_tokens: int, tokens_per_chunk: int, row_bytes: int) -> ChunkPlan:
-    """The plan for a given chunk size; `row_bytes` is the size of one token's logits."""
+def make_plan(
+    num_tokens: int,
+    tokens_per_chunk: int,
+    vocab_size: int,
+    itemsize: int,
+    bytes_per_logit: int,
+) -> ChunkPlan:
+    """The plan for a given chunk size; the arguments are those of `plan_chunks`."""
     return ChunkPlan(
-        num_tokens=num_tokens,
         tokens_per_chunk=tokens_per_chunk,
         num_chunks=_cdiv(num_tokens, tokens_per_chunk),
-        logits_bytes=min(tokens_per_chunk, num_tokens) * row_bytes,
-        full_logits_bytes=num_tokens * row_bytes,
+        logits_bytes=min(tokens_per_chunk, num_tokens) * vocab_size * bytes_per_logit,
+        full_logits_bytes=num_tokens * vocab_size * itemsize,
     )
 
 

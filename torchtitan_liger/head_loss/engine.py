@@ -145,7 +145,11 @@ class HeadLoss:
         if self.impl == "reference":
             budget = max(1, num_tokens) * num_columns * num_bytes
         return plan_chunks(
-            num_tokens, num_columns, bytes_per_logit=num_bytes, budget=budget
+            num_tokens,
+            num_columns,
+            itemsize=dtype.itemsize,
+            bytes_per_logit=num_bytes,
+            budget=budget,
         )
 
 

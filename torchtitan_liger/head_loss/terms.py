@@ -116,8 +116,10 @@ def evaluate(
         by_term = torch.stack(
             [(term.loss(stats) * row_weight_C).sum() for term in terms]
         )
-        weights = by_term.new_tensor([term.weight for term in terms])
-        loss = (by_term * weights).sum()
+        # By Python numbers: a tensor of them would have to be copied to the GPU.
+        loss = torch.stack(
+            [term.weight * value for term, value in zip(terms, by_term, strict=True)]
+        ).sum()
     partials = None
     if with_partials:
         grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)

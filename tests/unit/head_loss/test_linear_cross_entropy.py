@@ -30,11 +30,13 @@ SIZES = [(257, 48, 517), (64, 16, 128), (3, 5, 1), (1, 8, 2), (130, 7, 1001)]
 def tokens_per_chunk(request, monkeypatch):
     """Chunk sizes that divide nothing, and one that holds everything."""
 
-    def plan(num_tokens, num_columns, *, bytes_per_logit, budget):
-        return engine.ChunkPlan(num_tokens, request.param, 0, 0, 0)
-
-    monkeypatch.setattr(engine, "plan_chunks", plan)
+    force_chunks(monkeypatch, request.param)
     return request.param
+
+
+def force_chunks(monkeypatch, tokens_per_chunk):
+    plan = engine.ChunkPlan(tokens_per_chunk, 0, 0, 0)
+    monkeypatch.setattr(engine, "plan_chunks", lambda *_, **__: plan)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -187,9 +189,7 @@ def test_many_chunks_in_bfloat16_do_not_wear_out_the_weights_gradient(monkeypatc
     loss_of = full_logits(HeadLossOptions())
     truth = problem.run(loss_of)
     stock = problem.run(loss_of, torch.bfloat16).errors(truth)
-    monkeypatch.setattr(
-        engine, "plan_chunks", lambda n, *_, **__: engine.ChunkPlan(n, 4, 0, 0, 0)
-    )
+    force_chunks(monkeypatch, 4)
     sums = partial(linear_cross_entropy, reduction="sum")
     in_float32 = problem.run(sums, torch.bfloat16).errors(truth)
     in_bfloat16 = problem.run(

@@ -158,9 +158,16 @@ def heading() -> str:
     )
     names = ("torch", "triton", "torchtitan", "liger-kernel")
     versions = ", ".join(f"{name} {installed(name)}" for name in names)
+    command = ["python", "scripts/bench_train.py"]
+    arguments = iter(sys.argv[1:])
+    for argument in arguments:
+        if argument in ("--output", "--logs"):  # places on one machine
+            next(arguments)
+        else:
+            command.append(argument)
     return (
         f"{date.today()}, {device}; {versions}; commit {commit()}.\n\n"
-        f"    {shlex.join(['python', *sys.argv])}\n"
+        f"    {shlex.join(command)}\n"
     )
 
 

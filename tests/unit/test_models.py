@@ -19,6 +19,7 @@ from torchtitan_liger.models import DECODERS, train_spec, with_hidden_states
 # Mixtures of experts and flex attention need a GPU in torchtitan 0.2.2.
 RUNS_ON_CPU = ("llama3", "qwen3")
 DEVICE = "cuda" if HAS_GPU else "cpu"
+LENGTH = 128 if HAS_GPU else 32  # a block of flex attention
 
 
 def stock_spec(name: str) -> TrainSpec:
@@ -31,7 +32,7 @@ def build(name: str, *, ours: bool) -> nn.Module:
     args = copy.deepcopy(spec.model_args["debugmodel"])
     args.n_layers = min(args.n_layers, 2)
     job = JobConfig()
-    job.training.seq_len = 32
+    job.training.seq_len = LENGTH
     args.update_from_config(job)
     torch.manual_seed(0)
     with torch.device(DEVICE):
@@ -46,11 +47,11 @@ def build(name: str, *, ours: bool) -> nn.Module:
 
 def run(model: nn.Module, name: str, **kwargs: bool) -> torch.Tensor:
     tokens = torch.randint(
-        model.model_args.vocab_size, (2, 32), generator=torch.Generator().manual_seed(1)
+        model.model_args.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(1)
     ).to(DEVICE)
     if name == "gpt_oss":  # its attention takes its masks from outside
         mask = create_block_mask(
-            lambda b, h, q, k: q >= k, None, None, 32, 32, device=DEVICE
+            lambda b, h, q, k: q >= k, None, None, LENGTH, LENGTH, device=DEVICE
         )
         kwargs["attention_masks"] = {"basic_mask": mask, "sliding_window_mask": mask}
     with torch.no_grad(), autocast():

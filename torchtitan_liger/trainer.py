@@ -95,6 +95,14 @@ class LigerTrainer(Trainer):
             loss.backward()
         return loss
 
+    def train(self) -> None:
+        """As torchtitan's; says at the end how often the fused loss ran."""
+        super().train()
+        plan, calls = self.head_loss_plan, 0
+        if plan.enabled:
+            calls = self.lm_head.num_fused_calls
+        logger.info(f"The LM head computed {calls} losses without logits ({plan.impl})")
+
     def _log_memory_plan(self) -> None:
         training, parallel = self.job_config.training, self.parallel_dims
         num_tokens = training.local_batch_size * training.seq_len // parallel.cp

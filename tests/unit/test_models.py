@@ -47,7 +47,9 @@ def build(name: str, *, ours: bool) -> nn.Module:
 
 def run(model: nn.Module, name: str, **kwargs: bool) -> torch.Tensor:
     tokens = torch.randint(
-        model.model_args.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(1)
+        model.model_args.vocab_size,
+        (2, LENGTH),
+        generator=torch.Generator().manual_seed(1),
     ).to(DEVICE)
     if name == "gpt_oss":  # its attention takes its masks from outside
         mask = create_block_mask(

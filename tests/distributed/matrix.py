@@ -1,0 +1,419 @@
+"""One training step on many layouts: fused against stock, and both against one process.
+
+    torchrun --nproc_per_node 2 -m tests.distributed.matrix --output results.json
+
+Every layout sees the same eight sequences, dealt out to its ranks and micro-batches:
+other tokens on each, other numbers of labels, and some with none at all. Each runs in the
+real trainer, from the same weights, and gives the loss, the norm and the whole gradient of
+every parameter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+from torchtitan_liger import device
+
+DEVICE = device.prepare()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: E402
+from torchtitan.config import ConfigManager, JobConfig  # noqa: E402
+from torchtitan.models.llama3.model.args import (  # noqa: E402
+    TransformerModelArgs as Llama3Args,
+)
+from torchtitan.models.qwen3.model.args import Qwen3ModelArgs  # noqa: E402
+from torchtitan.protocols.train_spec import register_train_spec  # noqa: E402
+
+from torchtitan_liger import models  # noqa: E402
+from torchtitan_liger.head_loss import engine  # noqa: E402
+from torchtitan_liger.trainer import LigerTrainer  # noqa: E402
+
+NUM_SEQUENCES, LENGTH = 8, 64
+# No multiple of 2 or 4: the last vocabulary shard is shorter.
+VOCABULARY = 1001
+FLAG = "--liger_kernel.enable_fused_linear_cross_entropy"
+CHUNKS = 3  # of the fused loss, in each micro-batch
+
+TINY: dict[str, dict[str, Any]] = {
+    "llama3": {
+        "tiny": Llama3Args(dim=64, n_layers=2, n_heads=4, vocab_size=VOCABULARY)
+    },
+    "qwen3": {
+        "tiny_tied": Qwen3ModelArgs(
+            dim=64,
+            n_layers=2,
+            n_heads=4,
+            n_kv_heads=2,
+            head_dim=16,
+            hidden_dim=128,
+            vocab_size=VOCABULARY,
+            enable_weight_tying=True,
+        )
+    },
+    "deepseek_v3": {},
+}
+
+
+class Case(NamedTuple):
+    """A layout and what is special about it."""
+
+    name: str
+    ranks: int
+    options: str = ""
+    """torchtitan's options, without `--`, separated by spaces."""
+    model: str = "llama3.tiny"
+    micro_batches: int = 2
+    silent_rank: bool = False
+    """The last data-parallel rank has no label in any micro-batch."""
+    dtype: str = "float32"
+    stock: bool = True
+    """Whether stock torchtitan trains this layout at all."""
+    gradient_factor: str = "1"
+    """Stock's gradient / the true one. Its DDP averages sums over ranks."""
+    gpu: bool = False
+    """Needs GPUs: offloading, context and expert parallelism do in torchtitan 0.2.2."""
+
+
+TP, FSDP = (
+    "parallelism.tensor_parallel_degree",
+    "parallelism.data_parallel_shard_degree",
+)
+REPLICATE = "parallelism.data_parallel_replicate_degree"
+RESHARD = "parallelism.fsdp_reshard_after_forward"
+CP, EP = "parallelism.context_parallel_degree", "parallelism.expert_parallel_degree"
+AC = "activation_checkpoint.mode"
+LIGER, IMPL = "liger_kernel.impl=liger", "liger_kernel.impl"
+BF16 = "bfloat16"
+
+CASES = (
+    Case("one process", 1, stock=True),
+    Case("one process, bf16 (AMP)", 1, dtype=BF16),
+    Case("one process, bf16 parameters", 1, "training.dtype=bfloat16", dtype=BF16),
+    Case("one process, Liger", 1, LIGER),
+    Case("FSDP2", 2),
+    Case("FSDP2, one micro-batch", 2, micro_batches=1),
+    Case("FSDP2, a rank without labels", 2, silent_rank=True),
+    Case("FSDP2, bf16", 2, dtype=BF16),
+    Case("FSDP2, reshard always", 2, f"{RESHARD}=always"),
+    Case("FSDP2, reshard never", 2, f"{RESHARD}=never"),
+    Case("FSDP2, CPU offload", 2, "training.enable_cpu_offload", gpu=True),
+    Case("FSDP2, full checkpointing", 2, f"{AC}=full"),
+    Case(
+        "FSDP2, selective checkpointing",
+        2,
+        f"{AC}=selective activation_checkpoint.selective_ac_option=op",
+    ),
+    Case("FSDP2, compiled", 2, "compile.enable"),
+    Case("FSDP2, Liger", 2, LIGER),
+    Case("FSDP2, reference", 2, f"{IMPL}=reference"),
+    Case("FSDP2, tied", 2, model="qwen3.tiny_tied", stock=False),
+    Case("FSDP2, tied, bf16", 2, model="qwen3.tiny_tied", stock=False, dtype=BF16),
+    Case("one process, tied", 1, model="qwen3.tiny_tied"),
+    Case("DDP", 2, f"{REPLICATE}=2 {FSDP}=1", gradient_factor="1/2"),
+    Case("DDP, Liger", 2, f"{REPLICATE}=2 {FSDP}=1 {LIGER}", gradient_factor="1/2"),
+    Case(
+        "DDP, bf16 (AMP)",
+        2,
+        f"{REPLICATE}=2 {FSDP}=1",
+        dtype=BF16,
+        gradient_factor="1/2",
+    ),
+    Case("TP", 2, f"{TP}=2"),
+    Case("TP, no loss parallel", 2, f"{TP}=2 parallelism.disable_loss_parallel"),
+    Case("HSDP", 4, f"{REPLICATE}=2 {FSDP}=2"),
+    Case("HSDP, reshard always", 4, f"{REPLICATE}=2 {FSDP}=2 {RESHARD}=always"),
+    Case("FSDP2 on 4", 4, silent_rank=True),
+    Case("TP 4", 4, f"{TP}=4"),
+    Case("FSDP2 x TP", 4, f"{TP}=2"),
+    Case("FSDP2 x TP, bf16", 4, f"{TP}=2", dtype=BF16),
+    Case("FSDP2 x TP, reshard always", 4, f"{TP}=2 {RESHARD}=always"),
+    Case("FSDP2 x TP, a rank without labels", 4, f"{TP}=2", silent_rank=True),
+    Case(
+        "HSDP, tied", 4, f"{REPLICATE}=2 {FSDP}=2", model="qwen3.tiny_tied", stock=False
+    ),
+    Case("CP", 2, f"{CP}=2", dtype=BF16, gpu=True),
+    Case("CP, Liger", 2, f"{CP}=2 {LIGER}", dtype=BF16, gpu=True),
+    Case("FSDP2 x CP", 4, f"{CP}=2", dtype=BF16, gpu=True),
+    Case("TP x CP", 4, f"{CP}=2 {TP}=2", dtype=BF16, gpu=True),
+    Case("FSDP2 x EP", 2, f"{EP}=2", "deepseek_v3.debugmodel", dtype=BF16, gpu=True),
+    Case(
+        "FSDP2 x EP on 4", 4, f"{EP}=2", "deepseek_v3.debugmodel", dtype=BF16, gpu=True
+    ),
+)
+
+
+class Step(NamedTuple):
+    """What a training step gives, on every rank the same."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+    def errors(self, truth: Step, factor: float = 1.0) -> dict[str, float]:
+        """Relative errors, with gradients `factor` times the true ones."""
+        grads = [(self.gradients[n], g * factor) for n, g in truth.gradients.items()]
+        assert self.gradients.keys() == truth.gradients.keys()
+        return {
+            "loss": relative(self.loss, truth.loss),
+            "grad_norm": relative(self.grad_norm, truth.grad_norm * factor),
+            "head": relative(*self._head(truth, factor)),
+            "worst parameter": max(relative(g, t) for g, t in grads),
+        }
+
+    def _head(self, truth: Step, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+        tied = "output.weight" not in truth.gradients
+        name = "tok_embeddings.weight" if tied else "output.weight"
+        return self.gradients[name], truth.gradients[name] * factor
+
+
+def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
+    value, truth = value.double().cpu(), truth.double().cpu()
+    return ((value - truth).norm() / truth.norm().clamp(min=1e-300)).item()
+
+
+def sequences(vocab_size: int, groups: int, silent_rank: bool) -> torch.Tensor:
+    """Eight sequences of tokens and labels, [8, 2, LENGTH]; `groups` ranks share them."""
+    g = torch.Generator().manual_seed(1)
+    tokens = torch.randint(vocab_size, (NUM_SEQUENCES, LENGTH + 1), generator=g)
+    labels = tokens[:, 1:].clone()
+    share = torch.linspace(0.0, 0.9, NUM_SEQUENCES)[:, None]  # of ignored labels
+    labels[torch.rand(NUM_SEQUENCES, LENGTH, generator=g) < share] = -100
+    labels[2:4] = -100  # all of them
+    data = torch.stack([tokens[:, :-1], labels], dim=1)
+    if silent_rank:
+        # Dealt out as [micro-batch, rank, sequence].
+        per_rank = data.unflatten(0, (2, groups, -1))
+        per_rank[:, -1, :, 1] = -100
+    return data
+
+
+def micro_batches(
+    data: torch.Tensor, count: int, rank: int, groups: int
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    for batch in data.unflatten(0, (count, groups, -1))[:, rank]:
+        yield {"input": batch[:, 0].clone()}, batch[:, 1].clone()
+
+
+def build_job(case: Case, *, fused: bool) -> JobConfig:
+    model, flavor = case.model.split(".")
+    groups = data_groups(case)
+    local_batch = NUM_SEQUENCES // case.micro_batches // groups
+    options = [f"--{option}" for option in case.options.split()]
+    return ConfigManager().parse_args(
+        [
+            "--job.custom_config_module=torchtitan_liger.job_config",
+            "--job.dump_folder=/tmp/matrix",
+            "--model.hf_assets_path=.",
+            f"--model.name={model}",
+            f"--model.flavor={flavor}",
+            f"--training.seq_len={LENGTH}",
+            f"--training.local_batch_size={local_batch}",
+            f"--training.global_batch_size={NUM_SEQUENCES}",
+            f"--training.mixed_precision_param={case.dtype}",
+            "--training.max_norm=1e30",
+            "--optimizer.lr=0",
+            "--metrics.log_freq=1",
+            "--activation_checkpoint.mode=none",
+            "--liger_kernel.impl=chunked",
+            "--liger_kernel.fallback=error",
+            *options,
+            *([FLAG] if fused else []),
+        ]
+    )
+
+
+def data_groups(case: Case) -> int:
+    """How many ranks, or groups of them, see different data."""
+    degrees = dict(o.split("=") for o in case.options.split() if "=" in o)
+    return case.ranks // int(degrees.get(TP, 1)) // int(degrees.get(CP, 1))
+
+
+def true_step(case: Case) -> Step:
+    """The whole batch in one process, with plain logits and autograd, in float64."""
+    model = build_model(case)
+    double = case.model.startswith(("llama3", "qwen3"))
+    if double:
+        model.double()
+    data = sequences(model.model_args.vocab_size, data_groups(case), case.silent_rank)
+    with contextlib.ExitStack() as stack:
+        if double:  # the decoders go through float32 for their rotary embeddings
+            stack.enter_context(
+                mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
+            )
+        logits = model(data[:, 0].to(DEVICE))
+    labels = data[:, 1].to(DEVICE)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss = loss / (labels != -100).sum()
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+    return Step(loss.detach(), norm, gradients)
+
+
+def build_model(case: Case) -> nn.Module:
+    """A stock model on one device, with the weights that every layout starts from."""
+    name, flavor = case.model.split(".")
+    spec = models.train_spec(name)
+    args = copy.deepcopy(spec.model_args[flavor])
+    args.update_from_config(build_job(case, fused=False))
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = spec.model_cls(args)
+        with torch.no_grad():
+            model.init_weights(buffer_device=torch.device(DEVICE))
+    # As large as after some training: at the start gradients of the head dwarf others.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return model
+
+
+def run_step(case: Case, *, fused: bool) -> Step:
+    """One step of the real trainer on this layout."""
+    weights = build_model(case).state_dict()
+    with chunked_in(CHUNKS if fused else None):
+        trainer = LigerTrainer(build_job(case, fused=fused))
+        (model,) = trainer.model_parts
+        load_full(model, weights)
+        logged: dict[str, float] = {}
+        trainer.metrics_processor.log = (  # type: ignore[method-assign]
+            lambda _step, loss, _max, norm, **_: logged.update(loss=loss, norm=norm)
+        )
+        trainer.step = 1
+        dims = trainer.parallel_dims
+        groups = data_groups(case)
+        rank = dims.get_mesh("batch").get_local_rank() if dims.dp_enabled else 0
+        data = sequences(trainer.model_args.vocab_size, groups, case.silent_rank)
+        batches = micro_batches(data, case.micro_batches, rank, groups)
+        trainer.train_step(batches)
+        calls = trainer.lm_head.num_fused_calls
+        reference = "reference" in case.options
+        assert calls == (case.micro_batches if fused and not reference else 0), calls
+        gradients = {plain_name(n): full(p.grad) for n, p in model.named_parameters()}
+        trainer.close()
+    return Step(torch.tensor(logged["loss"]), torch.tensor(logged["norm"]), gradients)
+
+
+def plain_name(name: str) -> str:
+    """Without the wrappers of checkpointing and compilation."""
+    return re.sub(r"_checkpoint_wrapped_module\.|_orig_mod\.", "", name)
+
+
+def full(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+@torch.no_grad()
+def load_full(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        value = weights[plain_name(name)].to(parameter.dtype)
+        local = value
+        if isinstance(parameter, DTensor):
+            # Cut here: torch cannot scatter shards of shards of unequal size.
+            mesh, placements = parameter.device_mesh, parameter.placements
+            local = distribute_tensor(
+                value.to(mesh.device_type), mesh, placements, src_data_rank=None
+            )
+        parameter.copy_(local)
+        assert torch.equal(full(parameter).to(value.device), value), name
+
+
+@contextlib.contextmanager
+def chunked_in(count: int | None) -> Iterator[None]:
+    """Have the engine cut every call into `count` chunks, the last one shorter."""
+    if count is None:
+        yield
+        return
+
+    def plan(num_tokens: int, *_: Any, **__: Any) -> engine.ChunkPlan:
+        return engine.ChunkPlan(-(-num_tokens // count) + 1, count, 0, 0)
+
+    with mock.patch.object(engine, "plan_chunks", plan):
+        yield
+
+
+def register() -> None:
+    """Tiny models in torchtitan's registry, without tokenizer and data."""
+    for name, flavors in TINY.items():
+        spec = models.train_spec(name)
+        register_train_spec(
+            name,
+            dataclasses.replace(
+                spec,
+                model_args={**spec.model_args, **flavors},
+                build_tokenizer_fn=None,
+                build_dataloader_fn=None,
+            ),
+        )
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Errors of the fused and of the stock step against one process."""
+    start = time.perf_counter()
+    truth = true_step(case)
+    factor = eval(case.gradient_factor)  # a fraction, from the table above
+    fused = run_step(case, fused=True)
+    row = {
+        "case": case.name,
+        "ranks": case.ranks,
+        "dtype": case.dtype,
+        "options": case.options,
+        "fused": fused.errors(truth, factor),
+        "loss": fused.loss.item(),
+    }
+    if case.stock:
+        stock = run_step(case, fused=False)
+        row["stock"] = stock.errors(truth, factor)
+        row["fused to stock"] = fused.errors(stock)
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--only", default="", help="a part of the cases' names")
+    args = parser.parse_args()
+    register()
+    world_size = int(os.environ["WORLD_SIZE"])
+    if DEVICE == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+    rows = []
+    for case in CASES:
+        if case.ranks != world_size or (case.gpu and DEVICE == "cpu"):
+            continue
+        if args.only not in case.name:
+            continue
+        try:
+            row = measure(case)
+        except Exception as error:
+            row = {"case": case.name, "error": f"{type(error).__name__}: {error}"}
+            if os.environ["RANK"] == "0":
+                print(row, flush=True)
+            if world_size > 1:
+                raise  # the other ranks may wait in a collective
+        rows.append(row)
+        if os.environ["RANK"] == "0":
+            print(json.dumps(row), flush=True)
+            with open(args.output, "w") as file:
+                json.dump(rows, file, indent=1)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

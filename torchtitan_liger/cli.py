@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +20,36 @@ PACKAGE_PARENT = Path(__file__).resolve().parent.parent
 def prepare_argv(argv: Sequence[str]) -> list[str]:
     """Rewrite arguments so that torchtitan's parser understands them.
 
-    - `--section.key False` becomes `--section.no-key`, and `--section.key True`
-      `--section.key`.
+    - `--liger_kernel.key False` becomes `--liger_kernel.no-key`, and
+      `--liger_kernel.key True` `--liger_kernel.key`.
+    - `--training.compile` becomes `--compile.enable`, in the TOML as well.
     - An assets path in the TOML that does not exist from here but does beside this
       package (our own tokenizer) is given as an absolute path.
     """
     prepared: list[str] = []
     for argument in argv:
         flag = prepared[-1] if prepared else ""
-        if argument in ("True", "False") and re.fullmatch(r"--[\w-]+(\.[\w-]+)+", flag):
-            prepared[-1] = _flag(flag, argument == "True")
-        elif match := re.fullmatch(r"(--[\w-]+(?:\.[\w-]+)+)=(True|False)", argument):
-            prepared.append(_flag(match[1], match[2] == "True"))
+        if argument in ("True", "False") and re.fullmatch(r"--liger_kernel\.\w+", flag):
+            prepared[-1] = _switch(flag, argument == "True")
+        elif match := re.fullmatch(r"(--liger_kernel\.\w+)=(True|False)", argument):
+            prepared.append(_switch(match[1], match[2] == "True"))
+        elif match := re.fullmatch(r"--training\.(no[-_])?compile", argument):
+            prepared.append(_switch("--compile.enable", not match[1]))
         else:
             prepared.append(argument)
 
-    assets = read_toml(argv)[1].get("model", {}).get("hf_assets_path")
+    # What the TOML says goes first, so that the user's own arguments win.
+    toml = read_toml(argv)[1]
+    assets = _get(toml, "model", "hf_assets_path")
     if (
         isinstance(assets, str)
         and not os.path.exists(assets)
         and (PACKAGE_PARENT / assets).exists()
     ):
-        # First, so that the user's own argument wins.
         prepared.insert(0, f"--model.hf_assets_path={PACKAGE_PARENT / assets}")
+    compiled = _get(toml, "training", "compile")
+    if isinstance(compiled, bool) and _get(toml, "compile", "enable") is None:
+        prepared.insert(0, _switch("--compile.enable", compiled))
     return prepared
 
 
@@ -56,6 +63,7 @@ def read_toml(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
         key, _, value = argument.partition("=")
         if key in ("--job.config_file", "--job.config-file"):
             path = value or (argv[i + 1] if i + 1 < len(argv) else "")
+            break  # torchtitan reads the first as well
     try:
         with open(path, "rb") as file:
             return path, tomllib.load(file)
@@ -63,8 +71,14 @@ def read_toml(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
         return path, {}
 
 
-def _flag(flag: str, value: bool) -> str:
+def _switch(flag: str, value: bool) -> str:
+    """How torchtitan's command line spells a switch that is on, or off."""
     if value:
         return flag
     section, _, key = flag.rpartition(".")
     return f"{section}.no-{key}"
+
+
+def _get(toml: Mapping[str, Any], section: str, key: str) -> Any:
+    values = toml.get(section)
+    return values.get(key) if isinstance(values, Mapping) else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -71,15 +71,13 @@ def _quantized_head(job: JobConfig, _: Environment) -> str | None:
         "quantize.linear.float8": linear.float8.filter_fqns,
         "quantize.linear.mx": linear.mx.filter_fqns,
     }
-    for key, filter_fqns in filters.items():
-        converter = key.rpartition(".")[2]
-        used = any(converter in name for name in job.model.converters)
-        if used and "output" not in filter_fqns:
+    for converter, filter_fqns in filters.items():
+        if converter in job.model.converters and "output" not in filter_fqns:
+            kept = ",".join([*filter(None, filter_fqns), "output"])
             return (
                 f"model.converters has {job.model.converters}, which would replace "
-                f"the LM head; keep it in high precision with --{key}.filter_fqns "
-                f"{','.join([*filter_fqns, 'output'])}, or turn the fused loss off "
-                f"({FLAG_OFF})"
+                f"the LM head; keep it in high precision with --{converter}.filter_fqns "
+                f"{kept}, or turn the fused loss off ({FLAG_OFF})"
             )
     return None
 
@@ -153,6 +151,10 @@ class HeadLossPlan:
     options: HeadLossOptions
     reason: str = ""
     """Why it is not Liger-Kernel, where that was wanted."""
+    validate: bool = True
+    """Whether validation goes through the head's loss as well."""
+    preflight: bool = True
+    """Whether the head is checked on the real mesh before the first step."""
     warning: str = ""
     """What the user has to hear about the choice; empty if nothing."""
 
@@ -189,6 +191,13 @@ def resolve(job: JobConfig, environment: Environment | None = None) -> HeadLossP
     if not config.enable_fused_linear_cross_entropy:
         return HeadLossPlan(False, "stock", options)
     environment = environment or this_environment()
+    plan = HeadLossPlan(
+        enabled=True,
+        impl="liger" if config.impl == "auto" else config.impl,
+        options=options,
+        validate=config.validation,
+        preflight=config.preflight,
+    )
     for rule in RULES:
         reason = rule.reason(job, environment)
         if reason is None:
@@ -203,9 +212,8 @@ def resolve(job: JobConfig, environment: Environment | None = None) -> HeadLossP
         # what the user could mend, or asked for by name, is worth a warning.
         expected = config.impl == "auto" and environment.liger.importable
         warning = "" if expected else f"{reason}. Training with impl = chunked instead"
-        return HeadLossPlan(True, "chunked", options, reason, warning)
-    impl = "liger" if config.impl == "auto" else config.impl
-    return HeadLossPlan(True, impl, options)
+        return replace(plan, impl="chunked", reason=reason, warning=warning)
+    return plan
 
 
 def settings(job: JobConfig) -> LigerKernel:
@@ -280,6 +288,10 @@ def check_keys(toml: Mapping[str, Any], path: str) -> None:
     """
     known = [field.name for field in fields(LigerKernel)]
     section = toml.get("liger_kernel", {})
+    if not isinstance(section, Mapping):
+        raise ValueError(
+            f"{path}: liger_kernel is {section!r}; it must be a section, [liger_kernel]"
+        )
     for key, value in section.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

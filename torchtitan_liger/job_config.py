@@ -48,6 +48,18 @@ class LigerKernel:
     saves 2 bytes for each element of the weight and loses precision with every chunk.
     """
 
+    validation: bool = True
+    """
+    Validate without logits too, as a mean over all tokens with a label. When this is off,
+    torchtitan's own validation runs: full logits, and a mean of the batches' means.
+    """
+
+    preflight: bool = True
+    """
+    Before the first step, compare loss and gradients of a few tokens with full logits in
+    float64, on the real mesh, and stop if they differ.
+    """
+
 
 @dataclass
 class Training:

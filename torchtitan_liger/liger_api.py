@@ -9,18 +9,14 @@ import importlib
 import importlib.metadata
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from packaging.version import InvalidVersion, Version
 
+from torchtitan_liger.head_loss.calls import Call, prepare, scale_gradient
 from torchtitan_liger.head_loss.chunking import ChunkPlan, budget_bytes, make_plan
-from torchtitan_liger.head_loss.engine import (
-    HeadLossOutput,
-    check_inputs,
-    check_label_range,
-    inverse,
-    products_dtype,
-)
+from torchtitan_liger.head_loss.engine import HeadLossOutput
 from torchtitan_liger.head_loss.options import HeadLossOptions
 from torchtitan_liger.head_loss.terms import terms_of
 from torchtitan_liger.head_loss.vocab_parallel import VocabShard
@@ -92,8 +88,9 @@ def _broken(version: str | None, error: Exception) -> LigerStatus:
 class LigerHeadLoss:
     """`HeadLoss` computed by Liger-Kernel's fused linear cross entropy.
 
-    Differences from `HeadLoss`: the gradients are rounded once more, when Liger scales
-    them by the incoming gradient; and Liger waits for the GPU twice per call.
+    Differences from `HeadLoss`: the loss is float32 for any inputs; the gradients are
+    rounded once before they are multiplied by `1 / normalizer`, and once after; and Liger
+    waits for the GPU twice per call.
     """
 
     impl = "liger"
@@ -117,63 +114,28 @@ class LigerHeadLoss:
         Raises:
             ValueError: also for a sharded vocabulary, which Liger does not support.
         """
-        from liger_kernel.transformers.functional import (
-            liger_fused_linear_cross_entropy,
-        )
-
         if shard is not None:
             raise ValueError(
                 'impl="liger" needs the whole vocabulary on each rank; '
                 'use impl="chunked" for a sharded head'
             )
-        check_inputs(hidden, weight, labels)
-        options = self.options
-        if check_labels:
-            check_label_range(labels, weight.shape[0], options.ignore_index)
-        dtype = products_dtype(hidden, weight)
-        # Cast once, here: under autocast Liger would cast the weight for every chunk.
-        hidden_TD = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
-        weight_VD = weight.to(dtype)
-        labels_T = labels.reshape(-1)
-        wants_grad = torch.is_grad_enabled() and weight.requires_grad
-        if wants_grad and not hidden_TD.requires_grad:
-            # Liger computes the weight's gradient only beside that of the hidden states.
-            hidden_TD = hidden_TD.detach().requires_grad_()
-        num_tokens, dim = hidden_TD.shape
-        if num_tokens == 0:  # Liger divides by the number of chunks
-            loss = hidden_TD.sum() * 0.0 + weight_VD.sum() * 0.0
-            zero = loss.detach().float()
-            return HeadLossOutput(loss.float(), {t.name: zero for t in self.terms})
-        with torch.autocast(hidden.device.type, enabled=False):
-            # By keyword: the order has grown between versions.
-            result = liger_fused_linear_cross_entropy(
-                input=hidden_TD,
-                weight=weight_VD,
-                target=labels_T,
-                ignore_index=options.ignore_index,
-                lse_square_scale=options.z_loss,
-                label_smoothing=options.label_smoothing,
-                reduction="sum",
-                softcap=options.logit_softcap or None,
-                return_z_loss=bool(options.z_loss),
-                accum_dtype=options.acc_dtype,
-                chunk_mem_const=chunk_mem_const(
-                    num_tokens,
-                    dim,
-                    weight_VD.shape[0],
-                    dtype.itemsize,
-                    self._budget(hidden),
-                ),
-            )
-        scale = inverse(normalizer, torch.float32, hidden.device)
-        if not options.z_loss:
-            loss = result * scale
+        call = prepare(
+            hidden,
+            weight,
+            labels,
+            normalizer=normalizer,
+            vocab_size=weight.shape[0],
+            ignore_index=self.options.ignore_index,
+            check_labels=check_labels,
+        )
+        loss, z_loss = _LigerFunction.apply(
+            call.hidden_TD, weight, call, self.options, torch.is_grad_enabled()
+        )
+        if not self.options.z_loss:
             return HeadLossOutput(loss, {"cross_entropy": loss.detach()})
-        loss = result.loss * scale
-        weighted_z = result.z_loss.detach().float() * scale
         terms = {
-            "cross_entropy": loss.detach() - weighted_z,
-            "z_loss": weighted_z / options.z_loss,
+            "cross_entropy": loss.detach() - z_loss,
+            "z_loss": z_loss / self.options.z_loss,
         }
         return HeadLossOutput(loss, terms)
 
@@ -191,8 +153,96 @@ class LigerHeadLoss:
         rows = liger_rows(num_tokens, dim, vocab_size, const)
         return make_plan(num_tokens, rows, vocab_size, dtype.itemsize, dtype.itemsize)
 
-    def _budget(self, hidden: torch.Tensor) -> int:
-        return budget_bytes(self.options.logits_memory_mib, hidden.device.type)
+
+class _LigerFunction(torch.autograd.Function):
+    """`apply(hidden, weight, call, options, with_grad) -> (loss, weighted z-loss)`.
+
+    Liger's own backward scales the gradients that it holds in place, so a second pass
+    through the graph would scale them again. Here they are taken out with an incoming
+    gradient of one, which leaves them as they are, and scaled by us.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        call: Call,
+        options: HeadLossOptions,
+        with_grad: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from liger_kernel.transformers.functional import (
+            liger_fused_linear_cross_entropy,
+        )
+
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        with_grad = with_grad and (needs_hidden or needs_weight)
+        dtype = call.products_dtype
+        valid_T = call.labels_T != options.ignore_index
+        # Nothing that an ignored row holds may reach the weight's gradient. Cast here,
+        # once: under autocast Liger would cast the weight for every chunk.
+        hidden = hidden_TD.detach().masked_fill(~valid_T[:, None], 0).to(dtype)
+        weight = weight_VD.detach().to(dtype)
+        num_tokens, dim = hidden.shape
+        scale = call.scale.float()
+        loss, z_loss = torch.zeros_like(scale), torch.zeros_like(scale)
+        grads: list[torch.Tensor | None] = [
+            torch.zeros_like(hidden) if with_grad and needs_hidden else None,
+            torch.zeros_like(weight) if with_grad and needs_weight else None,
+        ]
+        if num_tokens:  # Liger divides by the number of chunks
+            # Liger computes the weight's gradient only beside that of the hidden states.
+            hidden.requires_grad_(with_grad)
+            weight.requires_grad_(with_grad and needs_weight)
+            budget = budget_bytes(options.logits_memory_mib, hidden.device.type)
+            with (
+                torch.set_grad_enabled(with_grad),
+                torch.autocast(hidden.device.type, enabled=False),
+            ):
+                # By keyword: the order has grown between versions.
+                result = liger_fused_linear_cross_entropy(
+                    input=hidden,
+                    weight=weight,
+                    target=call.labels_T,
+                    ignore_index=options.ignore_index,
+                    lse_square_scale=options.z_loss,
+                    label_smoothing=options.label_smoothing,
+                    reduction="sum",
+                    softcap=options.logit_softcap or None,
+                    return_z_loss=bool(options.z_loss),
+                    accum_dtype=torch.promote_types(options.acc_dtype, dtype),
+                    chunk_mem_const=chunk_mem_const(
+                        num_tokens, dim, weight.shape[0], dtype.itemsize, budget
+                    ),
+                )
+            if options.z_loss:
+                loss, z_loss = result.loss, result.z_loss
+            else:
+                loss = result
+            if with_grad:
+                inputs = [hidden, weight] if needs_weight else [hidden]
+                taken = torch.autograd.grad(loss, inputs)
+                grads = [
+                    taken[0] if needs_hidden else None,
+                    taken[1] if needs_weight else None,
+                ]
+        ctx.dtypes = hidden_TD.dtype, weight_VD.dtype
+        ctx.save_for_backward(scale, *grads)
+        z_loss = z_loss.detach().float() * scale
+        ctx.mark_non_differentiable(z_loss)
+        return loss.detach().float() * scale, z_loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_loss: torch.Tensor, _grad_z_loss: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        scale, *grads = ctx.saved_tensors
+        scaled = (
+            None if grad is None else scale_gradient(grad, grad_loss * scale, dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        )
+        return *scaled, None, None, None
 
 
 def liger_rows(num_tokens: int, dim: int, vocab_size: int, const: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -30,8 +31,12 @@ class LMHead(nn.Linear):
     """
 
     head_loss: HeadLoss | LigerHeadLoss | None = None
+    tp_mesh: DeviceMesh | None = None
+    """The mesh over which the vocabulary is sharded."""
+    gather_logits = False
+    """Whether logits of a sharded vocabulary are made whole, on every rank."""
     num_fused_calls = 0
-    """How often the loss was computed without the full logits."""
+    """How often a training loss was computed without the full logits."""
 
     @classmethod
     def from_linear(cls, linear: nn.Module) -> LMHead:
@@ -75,28 +80,33 @@ class LMHead(nn.Linear):
         if labels is None:
             if isinstance(hidden, DTensor):
                 hidden = hidden.redistribute(placements=[Replicate()])
-            return super().forward(hidden)
+            logits = super().forward(hidden)
+            if self.gather_logits and isinstance(logits, DTensor):
+                logits = logits.full_tensor()
+            return logits
         if self.head_loss is None:
             raise RuntimeError(
                 "this LM head has no loss: set liger_kernel."
                 "enable_fused_linear_cross_entropy, or assign head.head_loss"
             )
-        self.num_fused_calls += self.head_loss.impl != "reference"
-        hidden, weight, shard = _local_inputs(hidden, self.weight)
+        if torch.is_grad_enabled() and self.head_loss.impl != "reference":
+            self.num_fused_calls += 1
+        hidden, weight, shard = _local_inputs(hidden, self.weight, self.tp_mesh)
         return self.head_loss(hidden, weight, labels, shard=shard, **call)
 
 
 def _local_inputs(
-    hidden: torch.Tensor, weight: torch.Tensor
+    hidden: torch.Tensor, weight: torch.Tensor, tp_mesh: DeviceMesh | None
 ) -> tuple[torch.Tensor, torch.Tensor, VocabShard | None]:
     """This rank's tensors, and which part of the vocabulary they belong to."""
     if not isinstance(weight, DTensor):
         return hidden, weight, None
     mesh = weight.device_mesh
-    if mesh.ndim != 1 or weight.placements != (Shard(0),):
+    if mesh != tp_mesh or weight.placements != (Shard(0),):
         raise ValueError(
-            "the LM head's weight must be sharded over the vocabulary on a one-dim "
-            f"mesh, got {weight.placements} on {mesh}"
+            f"the LM head's weight is {weight.placements} on {mesh}, and its vocabulary "
+            f"is sharded over {tp_mesh}. A weight that FSDP has not gathered? Give the "
+            "head a fully_shard of its own, and call it as a module"
         )
     if not isinstance(hidden, DTensor):
         hidden = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False)
@@ -107,7 +117,11 @@ def _local_inputs(
     _, offset = compute_local_shape_and_global_offset(
         weight.shape, mesh, weight.placements
     )
+    vocab_size = weight.shape[0]
     shard = VocabShard(
-        start=offset[0], vocab_size=weight.shape[0], group=mesh.get_group()
+        start=offset[0],
+        vocab_size=vocab_size,
+        widest=-(-vocab_size // mesh.size()),
+        group=mesh.get_group(),
     )
     return hidden, weight.to_local(), shard

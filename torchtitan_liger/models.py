@@ -15,6 +15,7 @@ from torchtitan.models.llama3.model.args import TransformerModelArgs
 from torchtitan.protocols import train_spec as torchtitan_specs
 from torchtitan.protocols.model import BaseModelArgs
 
+from torchtitan_liger import validator
 from torchtitan_liger.config_validator import check_vocabulary
 from torchtitan_liger.data import build_text_dataloader
 from torchtitan_liger.lm_head import LMHead
@@ -93,6 +94,7 @@ def train_spec(name: str) -> torchtitan_specs.TrainSpec:
         model_args={**stock.model_args, **EXTRA_FLAVORS.get(name, {})},
         parallelize_fn=partial(parallelize, stock.parallelize_fn),
         build_dataloader_fn=_build_dataloader,
+        build_validator_fn=validator.build,
     )
 
 

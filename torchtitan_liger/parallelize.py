@@ -55,6 +55,7 @@ def parallelize(
             parallelize_decoder, model, head, parallel_dims, job_config
         )
         head.head_loss = plan.head_loss()
+        head.gather_logits = job_config.parallelism.disable_loss_parallel
     if device_type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -98,6 +99,7 @@ def _shard_vocabulary(head: LMHead, tp_mesh: DeviceMesh) -> None:
             module.register_parameter(name, sharded)
 
     distribute_module(head, tp_mesh, shard)
+    head.tp_mesh = tp_mesh
 
 
 def _shard_data_parallel(

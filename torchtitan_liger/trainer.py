@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 
 import torch
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_module
 from torchtitan.train import Trainer
 
 from torchtitan_liger import data, models
 from torchtitan_liger.config_validator import model_args, resolve, settings
-from torchtitan_liger.head_loss.engine import check_label_range
+from torchtitan_liger.head_loss.calls import check_label_range
 from torchtitan_liger.lm_head import LMHead
+from torchtitan_liger.preflight import check_head
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
@@ -26,8 +29,6 @@ class LigerTrainer(Trainer):
     """
 
     def __init__(self, job_config: JobConfig) -> None:
-        if getattr(job_config.training, "compile", False):
-            job_config.compile.enable = True
         settings(job_config)
         models.register(job_config.model.name)
         model_args(job_config)
@@ -97,11 +98,46 @@ class LigerTrainer(Trainer):
 
     def train(self) -> None:
         """As torchtitan's; says at the end how often the fused loss ran."""
+        if self.head_loss_plan.enabled and self.head_loss_plan.preflight:
+            self._preflight()
         super().train()
         plan, calls = self.head_loss_plan, 0
         if plan.enabled:
             calls = self.lm_head.num_fused_calls
         logger.info(f"The LM head computed {calls} losses without logits ({plan.impl})")
+
+    def _preflight(self) -> None:
+        if reason := self._no_preflight():
+            logger.warning(f"No preflight: {reason}")
+            return
+        report = check_head(
+            self.model_parts[0],
+            self.parallel_dims,
+            self.post_dataloading_process,
+            self.train_context,
+            self.maybe_enable_amp,
+            self.job_config.training.seq_len,
+            self.device,
+        )
+        logger.info(str(report))
+        # Neither its memory nor its time belongs to the first step.
+        device_module.empty_cache()
+        self.metrics_processor.device_memory_monitor.reset_peak_stats()
+        self.metrics_processor.time_last_log = time.perf_counter()
+
+    def _no_preflight(self) -> str | None:
+        if self.job_config.optimizer.early_step_in_backward:
+            return (
+                "with optimizer.early_step_in_backward its backward pass would change "
+                "the weights"
+            )
+        dims, tied = (
+            self.parallel_dims,
+            "output.weight" not in dict(self.model_parts[0].named_parameters()),
+        )
+        if tied and dims.dp_replicate_enabled and not dims.fsdp_enabled:
+            return "DDP cannot reduce the head's share of a tied weight alone"
+        return None
 
     def _log_memory_plan(self) -> None:
         training, parallel = self.job_config.training, self.parallel_dims

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -31,6 +32,7 @@ import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torchtitan.config import ConfigManager, JobConfig  # noqa: E402
 from torchtitan.models.llama3.model.args import (  # noqa: E402
     TransformerModelArgs as Llama3Args,
@@ -156,12 +158,29 @@ CASES = (
 )
 
 
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that start while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = func._schema.name
+        if name.startswith(("c10d::", "_c10d_functional::")) and "wait" not in name:
+            self.counts[name.partition("::")[2]] += 1
+        return func(*args, **(kwargs or {}))
+
+
 class Step(NamedTuple):
     """What a training step gives, on every rank the same."""
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
     gradients: dict[str, torch.Tensor]
+    collectives: dict[str, int] = {}  # noqa: RUF012
 
     def errors(self, truth: Step, factor: float = 1.0) -> dict[str, float]:
         """Relative errors, with gradients `factor` times the true ones."""
@@ -282,13 +301,19 @@ def build_model(case: Case) -> nn.Module:
     return model
 
 
-def run_step(case: Case, *, fused: bool) -> Step:
-    """One step of the real trainer on this layout."""
+def build_trainer(case: Case, *, fused: bool) -> LigerTrainer:
+    """The real trainer on this layout, with the weights that every layout starts from."""
     weights = build_model(case).state_dict()
-    with chunked_in(CHUNKS if fused else None):
-        trainer = LigerTrainer(build_job(case, fused=fused))
+    trainer = LigerTrainer(build_job(case, fused=fused))
+    load_full(trainer.model_parts[0], weights)
+    return trainer
+
+
+def run_step(case: Case, *, fused: bool, chunks: int = CHUNKS) -> Step:
+    """One step of the real trainer on this layout."""
+    with chunked_in(chunks if fused else None):
+        trainer = build_trainer(case, fused=fused)
         (model,) = trainer.model_parts
-        load_full(model, weights)
         logged: dict[str, float] = {}
         trainer.metrics_processor.log = (  # type: ignore[method-assign]
             lambda _step, loss, _max, norm, **_: logged.update(loss=loss, norm=norm)
@@ -299,13 +324,19 @@ def run_step(case: Case, *, fused: bool) -> Step:
         rank = dims.get_mesh("batch").get_local_rank() if dims.dp_enabled else 0
         data = sequences(trainer.model_args.vocab_size, groups, case.silent_rank)
         batches = micro_batches(data, case.micro_batches, rank, groups)
-        trainer.train_step(batches)
+        with Collectives() as collectives:
+            trainer.train_step(batches)
         calls = trainer.lm_head.num_fused_calls
         reference = "reference" in case.options
         assert calls == (case.micro_batches if fused and not reference else 0), calls
         gradients = {plain_name(n): full(p.grad) for n, p in model.named_parameters()}
         trainer.close()
-    return Step(torch.tensor(logged["loss"]), torch.tensor(logged["norm"]), gradients)
+    return Step(
+        torch.tensor(logged["loss"]),
+        torch.tensor(logged["norm"]),
+        gradients,
+        dict(collectives.counts),
+    )
 
 
 def plain_name(name: str) -> str:
@@ -347,7 +378,7 @@ def chunked_in(count: int | None) -> Iterator[None]:
         yield
 
 
-def register() -> None:
+def register_tiny_models() -> None:
     """Tiny models in torchtitan's registry, without tokenizer and data."""
     for name, flavors in TINY.items():
         spec = models.train_spec(name)
@@ -389,7 +420,7 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("--only", default="", help="a part of the cases' names")
     args = parser.parse_args()
-    register()
+    register_tiny_models()
     world_size = int(os.environ["WORLD_SIZE"])
     if DEVICE == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False

@@ -17,7 +17,9 @@ ASSETS = "torchtitan_liger/assets/tokenizer"
         ([FLAG, "False"], [OFF]),
         ([f"{FLAG}=False", "--training.steps", "3"], [OFF, "--training.steps", "3"]),
         ([f"{FLAG}=True"], [FLAG]),
-        (["--job.description", "x", "False"], ["--job.description", "x", "False"]),
+        (["--job.description", "False"], ["--job.description", "False"]),
+        (["--training.compile"], ["--compile.enable"]),
+        (["--training.no-compile"], ["--compile.no-enable"]),
         (["False"], ["False"]),
     ],
 )
@@ -36,6 +38,24 @@ def test_our_assets_are_found_from_any_folder(tmp_path, monkeypatch):
     ]
     (tmp_path / ASSETS).mkdir(parents=True)  # the user's own of that name wins
     assert prepare_argv(argv) == argv
+
+
+@pytest.mark.parametrize(
+    ("toml", "first"),
+    [
+        ("[training]\ncompile = true", ["--compile.enable"]),
+        ("[training]\ncompile = false", ["--compile.no-enable"]),
+        ("[training]\ncompile = true\n[compile]\nenable = false", []),
+        ("[compile]\nenable = true", []),
+        ("training = 3", []),
+    ],
+)
+def test_the_older_spelling_of_compile_in_a_toml(tmp_path, toml, first):
+    config = tmp_path / "c.toml"
+    config.write_text(toml)
+    # The command line comes later, and wins.
+    argv = [f"--job.config_file={config}", "--compile.no-enable"]
+    assert prepare_argv(argv) == [*first, *argv]
 
 
 def test_other_assets_are_left_alone(tmp_path):

@@ -151,20 +151,18 @@ def test_tied_embeddings_under_tensor_parallelism_are_refused():
     assert resolve(job(*args, flavor="14B"), GPU).enabled
 
 
-@pytest.mark.parametrize(
-    ("converter", "key"),
-    [
-        ("float8", "quantize.linear.float8"),
-        ("quantize.linear.mx", "quantize.linear.mx"),
-    ],
-)
-def test_a_converter_that_would_take_the_head_is_refused(converter, key):
-    converters = f"--model.converters={converter}"
+@pytest.mark.parametrize("key", ["quantize.linear.float8", "quantize.linear.mx"])
+def test_a_converter_that_would_take_the_head_is_refused(key):
+    converters = f"--model.converters={key}"
     with pytest.raises(ValueError, match=f"--{key}.filter_fqns") as error:
         resolve(job(converters, f"--{key}.filter_fqns=attention.wq"), GPU)
     assert "attention.wq,output" in str(error.value)
     way_out = f"--{key}.filter_fqns=attention.wq,output"
     assert resolve(job(converters, way_out), GPU).enabled
+
+
+def test_a_converter_of_other_layers_is_none_of_our_business():
+    assert resolve(job("--model.converters=quantize.grouped_mm.float8"), GPU).enabled
 
 
 def test_each_rule_has_a_test_of_its_own():
@@ -228,5 +226,7 @@ def test_an_unknown_key_is_named_with_its_value_and_its_neighbour():
     check_keys({"liger_kernel": {"impl": "auto"}, "model": {}}, "a.toml")
     with pytest.raises(ValueError, match=r"a.toml: .*no key impll .*'x'.* mean impl\?"):
         check_keys({"liger_kernel": {"impll": "x"}}, "a.toml")
+    with pytest.raises(ValueError, match="liger_kernel is True; it must be a section"):
+        check_keys({"liger_kernel": True}, "a.toml")
     with pytest.raises(ValueError, match="no key zzz .*logits_memory_mib"):
         check_keys({"liger_kernel": {"zzz": 1}}, "a.toml")

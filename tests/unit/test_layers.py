@@ -15,7 +15,7 @@ PACKAGE = Path(torchtitan_liger.__file__).parent
 # From the bottom up. A module may import from the rows below its own.
 LAYERS = (
     {"job_config", "loss_curves", "device", "cli"},
-    {"head_loss.options", "head_loss.chunking"},
+    {"head_loss.options", "head_loss.chunking", "head_loss.calls"},
     {"head_loss.terms", "head_loss.sweeps", "head_loss.reference"},
     {"head_loss.vocab_parallel"},
     {"head_loss.chunked"},
@@ -23,7 +23,7 @@ LAYERS = (
     {"head_loss"},
     {"liger_api", ""},
     {"lm_head", "config_validator", "data"},
-    {"parallelize"},
+    {"parallelize", "preflight", "validator"},
     {"models"},
     {"trainer"},
     {"train"},
@@ -35,6 +35,8 @@ OUTSIDE = {
         "config_validator",
         "data",
         "parallelize",
+        "preflight",
+        "validator",
         "models",
         "trainer",
         "train",

@@ -100,6 +100,45 @@ def test_a_frozen_decoder_leaves_the_weight_its_gradient():
     assert not hidden.requires_grad
 
 
+def test_a_graph_may_be_traversed_twice():
+    """Liger itself scales its gradients in place, and scales them again the next time."""
+    problem = Problem(T=37, D=16, V=101)
+    truth = problem.run(full_logits(HeadLossOptions()))
+    hidden = problem.hidden.float().to(DEVICE).requires_grad_()
+    weight = problem.weight.float().to(DEVICE).requires_grad_()
+    loss = LigerHeadLoss()(
+        hidden, weight, problem.labels.to(DEVICE), normalizer=64
+    ).loss
+    (probe,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    loss.backward()
+    for grad, expected in (
+        (probe, truth.d_weight / 64),
+        (weight.grad, 3 * truth.d_weight / 64),
+        (hidden.grad, 3 * truth.d_hidden / 64),
+    ):
+        assert relative_error(grad.double().cpu(), expected) < 1e-6
+
+
+def test_garbage_in_ignored_rows_does_not_reach_the_gradients():
+    problem = Problem(T=37, D=16, V=101)
+    loss_of = liger_loss(HeadLossOptions())
+    clean = problem.run(loss_of, torch.float32, DEVICE)
+    problem.hidden[problem.labels == -100] = torch.nan
+    dirty = problem.run(loss_of, torch.float32, DEVICE)
+    assert torch.equal(dirty.d_weight, clean.d_weight)
+    assert torch.equal(dirty.d_hidden, clean.d_hidden)
+
+
+def test_an_unchecked_label_that_is_no_word_makes_the_loss_nan():
+    for label in (101, -5):
+        problem = Problem(T=37, D=16, V=101)
+        problem.labels[7] = label
+        loss_of = liger_loss(HeadLossOptions(), check_labels=False)
+        assert problem.run(loss_of, torch.float32, DEVICE).loss.isnan()
+
+
 def test_a_bad_label_is_an_error_with_value_and_position():
     problem = Problem(T=37, D=16, V=101)
     problem.labels[7] = 101
@@ -109,7 +148,7 @@ def test_a_bad_label_is_an_error_with_value_and_position():
 
 def test_a_sharded_vocabulary_is_refused():
     problem = Problem(T=3)
-    shard = VocabShard(start=0, vocab_size=1034, group=None)
+    shard = VocabShard(start=0, vocab_size=1034, widest=517, group=None)
     with pytest.raises(ValueError, match='use impl="chunked"'):
         LigerHeadLoss()(problem.hidden, problem.weight, problem.labels, shard=shard)
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from torchtitan_liger.head_loss.calls import scale_gradient
 from torchtitan_liger.head_loss.options import HeadLossOptions
 from torchtitan_liger.head_loss.sweeps import (
     GradientCoefficients,
@@ -37,14 +38,16 @@ class ChunkedCall(NamedTuple):
 
     terms: Sequence[Term]
     options: HeadLossOptions
+    labels_T: torch.Tensor
+    scale: torch.Tensor  # [] factor of the loss; its dtype is that of all sums
+    products_dtype: torch.dtype
     tokens_per_chunk: int
-    compute_dtype: torch.dtype  # of the products
     shard: VocabShard | None
     with_grad: bool
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
-    """`apply(hidden_TD, weight_vD, labels_T, row_weight_T, call) -> (loss, by_term)`.
+    """`apply(hidden_TD, weight_vD, call) -> (loss, by_term)`.
 
     `loss` is differentiable; `by_term`, one sum per term before its weight, is not.
     Under vocabulary sharding the gradient of `hidden_TD` is this rank's share: the caller
@@ -53,38 +56,42 @@ class ChunkedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_TD: torch.Tensor,
-        weight_vD: torch.Tensor,
-        labels_T: torch.Tensor,
-        row_weight_T: torch.Tensor,
-        call: ChunkedCall,
+        ctx: Any, hidden_TD: torch.Tensor, weight_vD: torch.Tensor, call: ChunkedCall
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        # The scale belongs to the gradients before they are rounded to the products'
+        # dtype. Only float16 cannot hold them then: there it is applied at the end.
+        one = torch.ones_like(call.scale)
+        early, late = (
+            (one, call.scale)
+            if call.products_dtype == torch.float16
+            else (call.scale, one)
+        )
         with torch.autocast(hidden_TD.device.type, enabled=False):
             result = _run(
-                hidden_TD.to(call.compute_dtype),
-                weight_vD.to(call.compute_dtype),
-                labels_T,
-                row_weight_T,
+                hidden_TD.to(call.products_dtype),
+                weight_vD.to(call.products_dtype),
+                early,
                 call,
                 need_d_hidden=call.with_grad and ctx.needs_input_grad[0],
                 need_d_weight=call.with_grad and ctx.needs_input_grad[1],
             )
         ctx.dtypes = hidden_TD.dtype, weight_vD.dtype
-        ctx.save_for_backward(result.d_hidden_TD, result.d_weight_vD)
-        ctx.mark_non_differentiable(result.by_term)
-        return result.loss, result.by_term
+        ctx.save_for_backward(late, result.d_hidden_TD, result.d_weight_vD)
+        loss, by_term = result.loss * late, result.by_term * late
+        ctx.mark_non_differentiable(by_term)
+        return loss, by_term
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad_loss: torch.Tensor, _grad_by_term: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        grads = (
-            None if grad is None else _scaled(grad, grad_loss, dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        late, *grads = ctx.saved_tensors
+        scaled = (
+            None if grad is None else scale_gradient(grad, grad_loss * late, dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
-        return *grads, None, None, None
+        return *scaled, None
 
 
 class _Result(NamedTuple):
@@ -97,21 +104,21 @@ class _Result(NamedTuple):
 def _run(
     hidden_TD: torch.Tensor,
     weight_vD: torch.Tensor,
-    labels_T: torch.Tensor,
-    row_weight_T: torch.Tensor,
+    scale: torch.Tensor,
     call: ChunkedCall,
     *,
     need_d_hidden: bool,
     need_d_weight: bool,
 ) -> _Result:
     terms, options, shard = call.terms, call.options, call.shard
-    math_dtype = row_weight_T.dtype
+    labels_T, math_dtype = call.labels_T, scale.dtype
     num_columns = weight_vD.shape[0]
     vocab_size = num_columns if shard is None else shard.vocab_size
     group = None if shard is None else shard.group
     needs = frozenset().union(*(term.needs for term in terms))
 
     valid_T = labels_T != options.ignore_index
+    row_weight_T = torch.where(valid_T, scale, 0.0)
     column_T = labels_T - (0 if shard is None else shard.start)
     column_T = column_T.where((column_T >= 0) & (column_T < num_columns) & valid_T, -1)
 
@@ -128,6 +135,7 @@ def _run(
         if math_dtype == hidden_TD.dtype
         else hidden_TD.new_empty(shape, dtype=math_dtype)
     )
+    capped_Cv = torch.empty_like(wide_Cv) if options.logit_softcap else None
     weight_Dv = weight_vD.t()
 
     for start in range(0, hidden_TD.shape[0], call.tokens_per_chunk):
@@ -145,6 +153,7 @@ def _run(
             logits_Cv,
             column_C,
             softcap=options.logit_softcap,
+            capped_Cv=None if capped_Cv is None else capped_Cv[: len(hidden_CD)],
             need_logit_sum="uniform_ce" in needs,
         )
         stats = GlobalStatistics(local, vocab_size, group)
@@ -199,8 +208,8 @@ class _WeightGradient:
     """The sum over chunks of `d_logits.T @ hidden`, in `acc_dtype`."""
 
     def __init__(self, weight_vD: torch.Tensor, acc_dtype: torch.dtype) -> None:
-        if weight_vD.dtype == torch.float64:
-            acc_dtype = torch.float64
+        # Never narrower than the products.
+        acc_dtype = torch.promote_types(acc_dtype, weight_vD.dtype)
         self._sum_vD = torch.empty_like(weight_vD, dtype=acc_dtype)
         self._empty = True
 
@@ -230,12 +239,3 @@ class _WeightGradient:
 
     def total(self) -> torch.Tensor:
         return self._sum_vD.zero_() if self._empty else self._sum_vD
-
-
-def _scaled(
-    grad: torch.Tensor, grad_loss: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """`grad * grad_loss` in `dtype`, rounded once."""
-    if grad_loss.device.type == "cpu" and grad_loss.item() == 1.0:
-        return grad.to(dtype)
-    return torch.mul(grad, grad_loss, out=torch.empty_like(grad, dtype=dtype))

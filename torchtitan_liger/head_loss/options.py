@@ -46,7 +46,9 @@ class HeadLossOptions:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
+            if field.type == "float" and not (
+                isinstance(value, int | float) and math.isfinite(value)
+            ):
                 raise ValueError(f"{field.name} must be a finite number, got {value}")
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(
@@ -62,8 +64,8 @@ class HeadLossOptions:
             raise ValueError(
                 f"acc_dtype must be one of {ACC_DTYPES}, got {self.acc_dtype}"
             )
-        if self.logits_memory_mib < 0:
+        if type(self.logits_memory_mib) is not int or self.logits_memory_mib < 0:
             raise ValueError(
-                "logits_memory_mib must be 0 (chosen for speed) or positive, "
-                f"got {self.logits_memory_mib}"
+                "logits_memory_mib must be 0 (chosen for speed) or a number of MiB, "
+                f"got {self.logits_memory_mib!r}"
             )

@@ -45,6 +45,7 @@ def statistics_sweep(
     column_C: torch.Tensor,
     *,
     softcap: float,
+    capped_Cv: torch.Tensor | None,
     need_logit_sum: bool,
 ) -> tuple[LocalStatistics, SweptChunk]:
     """Per-row statistics of the logits. Overwrites `logits_Cv`.
@@ -53,12 +54,12 @@ def statistics_sweep(
         logits_Cv: raw logits in float32 or float64.
         column_C: the label's column in `logits_Cv`, or -1 where it is on another rank.
         softcap: bound of the logits, 0 for none.
+        capped_Cv: with a softcap, memory like that of `logits_Cv`.
         need_logit_sum: whether a term asks for the mean logit.
     """
-    capped_Cv = None
-    if softcap:
-        capped_Cv = logits_Cv.div_(softcap).tanh_()
-        logits_Cv = capped_Cv * softcap
+    if capped_Cv is not None:
+        torch.div(logits_Cv, softcap, out=capped_Cv).tanh_()
+        logits_Cv = torch.mul(capped_Cv, softcap, out=logits_Cv)
     if logits_Cv.shape[1] == 0:  # more ranks than columns
         zero_C = logits_Cv.new_zeros(logits_Cv.shape[0])
         local = LocalStatistics(

@@ -25,6 +25,7 @@ class VocabShard:
 
     start: int  # first column
     vocab_size: int  # columns of all ranks
+    widest: int  # columns of the largest shard: all ranks cut their tokens alike
     group: dist.ProcessGroup
 
 

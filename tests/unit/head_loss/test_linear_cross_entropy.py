@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers import Problem, full_logits, relative_error
+from torchtitan_liger.device import peak_resident_bytes, reset_peak_resident_bytes
 from torchtitan_liger.head_loss import (
     HeadLoss,
     HeadLossOptions,
@@ -108,6 +109,88 @@ def test_backward_twice_gives_the_same_gradients():
     (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
     (second,) = torch.autograd.grad(loss, weight)
     assert torch.equal(first, second)
+
+
+def test_gradients_belong_to_the_caller():
+    """Three passes over one graph, with what they gave changed in between."""
+    problem = Problem()
+    truth = problem.run(linear_cross_entropy)
+    hidden = problem.hidden.clone().requires_grad_()
+    weight = problem.weight.clone().requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, problem.labels)
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+        hidden.grad.data.mul_(5)
+        weight.grad.data.mul_(5)
+        hidden.grad = weight.grad = None
+    loss.backward()
+    assert torch.equal(hidden.grad, truth.d_hidden)
+    assert torch.equal(weight.grad, truth.d_weight)
+
+
+def test_loss_scaling_keeps_small_gradients_in_float16():
+    problem = Problem(T=64, D=32, V=101).rounded(torch.float16)
+    head, normalizer, loss_scale = HeadLoss(), 2**20, 2.0**15
+    truth = problem.run(
+        lambda *a: head(*a, normalizer=normalizer).loss, upstream=loss_scale
+    )
+    ours = problem.run(
+        lambda *a: head(*a, normalizer=normalizer).loss,
+        torch.float16,
+        upstream=loss_scale,
+    )
+    assert ours.errors(truth)["d_hidden"] < 2e-3
+    assert ours.errors(truth)["d_weight"] < 2e-3
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize(
+    ("normalizer", "message"),
+    [
+        (-1, "at least 0, got -1"),
+        (float("inf"), "got inf"),
+        (float("nan"), "got nan"),
+        (torch.ones(257), r"shape \(257,\)"),
+        (torch.ones((), requires_grad=True), "requires_grad=True"),
+    ],
+)
+def test_a_normalizer_is_one_number(impl, normalizer, message):
+    problem = Problem()
+    with pytest.raises(ValueError, match=message):
+        HeadLoss(impl=impl)(
+            problem.hidden, problem.weight, problem.labels, normalizer=normalizer
+        )
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_a_normalizer_may_be_any_tensor_of_one_element(impl):
+    problem = Problem()
+    losses = [
+        HeadLoss(impl=impl)(
+            problem.hidden, problem.weight, problem.labels, normalizer=normalizer
+        ).loss
+        for normalizer in (7, 7.0, torch.tensor(7), torch.tensor([7.0]))
+    ]
+    assert all(loss.shape == () for loss in losses)
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peak_memory_is_within_the_plan(softcap, dtype):
+    T, D, V = 2048, 64, 32768
+    hidden = torch.randn(T, D, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, D, dtype=dtype, requires_grad=True)
+    labels = torch.randint(V, (T,))
+    head = HeadLoss(HeadLossOptions(logits_memory_mib=64, logit_softcap=softcap))
+    plan = head.plan(T, D, V, dtype, "cpu")
+    assert plan.num_chunks > 3
+    head(hidden[:8], weight, labels[:8]).loss.backward()  # warm up
+    reset_peak_resident_bytes()
+    before = peak_resident_bytes()
+    head(hidden, weight, labels).loss.backward()
+    gradients = 2 * 4 * (V * D + T * D)
+    assert peak_resident_bytes() - before < plan.logits_bytes + gradients + 16 * 2**20
 
 
 def test_z_loss_off_adds_nothing():
@@ -286,7 +369,8 @@ def test_an_unchecked_label_that_is_no_word_makes_the_loss_nan():
     [
         ({"hidden": torch.zeros(4, 9)}, r"hidden \(4, 9\) and weight \(7, 8\)"),
         ({"labels": torch.zeros(5, dtype=torch.long)}, r"labels \(5,\)"),
-        ({"labels": torch.zeros(4)}, "signed integers, got torch.float32"),
+        ({"labels": torch.zeros(4)}, "int64 or int32, got torch.float32"),
+        ({"labels": torch.zeros(4).to(torch.int16)}, "got torch.int16"),
         ({"weight": torch.zeros(8)}, r"weight must be \[V, D\], got \(8,\)"),
         ({"hidden": torch.zeros(4, 8).bfloat16()}, "bfloat16 and weight is .*float32"),
     ],
@@ -311,6 +395,7 @@ def test_inputs_that_do_not_fit_are_named(change, message):
         ("logit_softcap", -30.0),
         ("acc_dtype", torch.float16),
         ("logits_memory_mib", -1),
+        ("logits_memory_mib", 0.5),
         ("impl", "liger"),
         ("reduction", "none"),
     ],

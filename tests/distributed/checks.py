@@ -1,0 +1,315 @@
+"""Checks on two processes that are no rows of the matrix.
+
+    torchrun --nproc_per_node 2 -m tests.distributed.checks --output results.json
+
+Each is a function that returns what a test then looks at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from tests.distributed import matrix
+from tests.distributed.matrix import DEVICE, FSDP, REPLICATE, TP, Case
+from tests.helpers import Problem, full_logits, relative_error
+
+import torch  # isort: skip
+import torch.distributed as dist  # isort: skip
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard  # isort: skip
+from torchtitan_liger import lm_head, preflight  # isort: skip
+from torchtitan_liger.head_loss import (  # isort: skip
+    HeadLoss,
+    HeadLossOptions,
+    VocabShard,
+    chunked,
+    vocab_parallel,
+)
+
+LAYOUTS = {
+    "FSDP2": Case("FSDP2", 2),
+    "FSDP2, bf16": Case("FSDP2, bf16", 2, dtype="bfloat16"),
+    "TP": Case("TP", 2, f"{TP}=2"),
+    "DDP": Case("DDP", 2, f"{REPLICATE}=2 {FSDP}=1"),
+}
+
+
+def communication() -> dict[str, dict[str, dict[str, int]]]:
+    """Collectives of one step, by layout and number of chunks in a micro-batch."""
+    return {
+        name: {
+            str(chunks): matrix.run_step(
+                LAYOUTS[name], fused=True, chunks=chunks
+            ).collectives
+            for chunks in (1, 4)
+        }
+        for name in ("FSDP2", "TP")
+    }
+
+
+def preflight_passes() -> dict[str, Any]:
+    """The line of each layout, and whether it left a trace."""
+    lines = {}
+    for name, case in LAYOUTS.items():
+        trainer = matrix.build_trainer(case, fused=True)
+        (model,) = trainer.model_parts
+        buffers = {n: b.clone() for n, b in model.named_buffers()}
+        state = torch.get_rng_state()
+        lines[name] = str(run_preflight(trainer))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(p.grad is None for p in model.parameters())
+        assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
+        assert trainer.lm_head.num_fused_calls == 0
+        assert model.training
+        trainer.close()
+    return lines
+
+
+def run_preflight(trainer: Any) -> preflight.PreflightReport:
+    return preflight.check_head(
+        trainer.model_parts[0],
+        trainer.parallel_dims,
+        trainer.post_dataloading_process,
+        trainer.train_context,
+        trainer.maybe_enable_amp,
+        trainer.job_config.training.seq_len,
+        trainer.device,
+    )
+
+
+@contextmanager
+def weight_read_from_outside() -> Iterator[None]:
+    """FSDP's hooks do not run: each rank keeps its own gradient."""
+
+    def call(self: lm_head.LMHead, hidden: Any, labels: Any, **kwargs: Any) -> Any:
+        weight = self.weight
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+        return self.head_loss(hidden, weight, labels, **kwargs)
+
+    with mock.patch.object(lm_head.LMHead, "__call__", call):
+        yield
+
+
+@contextmanager
+def shard_dropped() -> Iterator[None]:
+    """The softmax runs over this rank's columns only."""
+    with mock.patch.object(vocab_parallel, "_combine", lambda local, _: local):
+        yield
+
+
+@contextmanager
+def hidden_gradient_not_summed() -> Iterator[None]:
+    """Each rank takes its columns' share for the whole gradient of the hidden states."""
+
+    def replicate(hidden: Any, *args: Any) -> Any:
+        inputs = real(hidden, *args)
+        local = hidden.redistribute(placements=[Replicate()]).to_local(
+            grad_placements=[Replicate()]
+        )
+        return local, *inputs[1:]
+
+    real = lm_head._local_inputs
+    with mock.patch.object(lm_head, "_local_inputs", replicate):
+        yield
+
+
+@contextmanager
+def gradient_scaled() -> Iterator[None]:
+    """One percent too much."""
+    real = chunked.scale_gradient
+    with mock.patch.object(chunked, "scale_gradient", lambda *args: real(*args) * 1.01):
+        yield
+
+
+@contextmanager
+def normalizer_of_this_rank() -> Iterator[None]:
+    """The mean over this rank's tokens instead of all."""
+    real = HeadLoss.__call__
+
+    def call(
+        self: HeadLoss, hidden: Any, weight: Any, labels: Any, **kwargs: Any
+    ) -> Any:
+        kwargs["normalizer"] = (labels != -100).sum()
+        return real(self, hidden, weight, labels, **kwargs)
+
+    with mock.patch.object(HeadLoss, "__call__", call):
+        yield
+
+
+PLANTED = (
+    ("FSDP2", weight_read_from_outside),
+    ("FSDP2", gradient_scaled),
+    ("FSDP2, bf16", gradient_scaled),
+    ("FSDP2", normalizer_of_this_rank),
+    ("DDP", gradient_scaled),
+    ("TP", shard_dropped),
+    ("TP", hidden_gradient_not_summed),
+    ("TP", gradient_scaled),
+)
+
+
+def preflight_catches() -> dict[str, str]:
+    """What the preflight says to each planted error."""
+    said = {}
+    for layout, error in PLANTED:
+        trainer = matrix.build_trainer(LAYOUTS[layout], fused=True)
+        with error():
+            try:
+                said[f"{layout}: {error.__name__}"] = str(run_preflight(trainer))
+            except preflight.PreflightError as caught:
+                said[f"{layout}: {error.__name__}"] = f"caught: {caught}"
+        trainer.close()
+    return said
+
+
+def sharded_vocabulary() -> dict[str, float]:
+    """Largest errors of a head sharded over the ranks, by how and in which setting."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    errors = {}
+    problem = Problem(T=37, D=8, V=101)
+    problem.labels[:4] = torch.tensor([0, 60, 61, 100])  # edges of shards
+    for cuts in ([0, 61, 101], [0, 101, 101], [0, 0, 101], [0, 1, 101]):
+        columns = slice(cuts[rank], cuts[rank + 1])
+        widest = max(cuts[1], 101 - cuts[1])
+        shard = VocabShard(cuts[rank], 101, widest, dist.group.WORLD)
+        for settings in (
+            {},
+            {"label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 2.0},
+        ):
+            options = HeadLossOptions(**settings)
+            truth = problem.run(full_logits(options))
+            with matrix.chunked_in(3):
+                head = HeadLoss(options)
+                weight = problem.weight[columns].clone().requires_grad_()
+                hidden = problem.hidden.clone().requires_grad_()
+                loss = head(hidden, weight, problem.labels, shard=shard).loss
+                loss.backward()
+            d_hidden = hidden.grad.clone()
+            dist.all_reduce(d_hidden)
+            mine = torch.tensor(
+                [
+                    relative_error(loss.detach(), truth.loss),
+                    relative_error(d_hidden, truth.d_hidden),
+                    relative_error(weight.grad, truth.d_weight[columns]),
+                ]
+            )
+            dist.all_reduce(mine, dist.ReduceOp.MAX)
+            errors[f"{cuts} {sorted(settings)}"] = mine.max().item()
+    assert size == 2
+    return errors
+
+
+def head_of_dtensors() -> dict[str, float]:
+    """Largest errors of `LMHead` under tensor parallelism, by layout of its input."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    problem = Problem(T=36, D=8, V=101, ignored=0.3)
+    truth = problem.run(full_logits(HeadLossOptions()))
+    labels_BL = problem.labels.view(3, 12)
+    errors = {}
+    for placement in (Shard(1), Replicate()):
+        linear = torch.nn.Linear(8, 101, bias=False, dtype=torch.float64)
+        linear.weight.data = problem.weight.clone()
+        head = lm_head.LMHead.from_linear(linear)
+        head.weight = torch.nn.Parameter(
+            torch.distributed.tensor.distribute_tensor(
+                linear.weight.data, mesh, [Shard(0)]
+            )
+        )
+        head.head_loss, head.tp_mesh = HeadLoss(), mesh
+        hidden = torch.distributed.tensor.distribute_tensor(
+            problem.hidden.view(3, 12, 8), mesh, [placement]
+        ).requires_grad_()
+        loss = head(hidden, labels_BL).loss
+        loss.backward()
+        assert not isinstance(hidden.grad.placements[0], Partial)
+        d_hidden = hidden.grad.full_tensor().view(36, 8)
+        errors[str(placement)] = max(
+            relative_error(loss.detach(), truth.loss),
+            relative_error(d_hidden, truth.d_hidden),
+            relative_error(head.weight.grad.full_tensor(), truth.d_weight),
+        )
+        logits = head(hidden.detach()).full_tensor()
+        expected = problem.hidden.view(3, 12, 8) @ problem.weight.T
+        errors[f"{placement}, logits"] = relative_error(logits.detach(), expected)
+    return errors
+
+
+def uneven_shards_in_many_chunks() -> float:
+    """Largest error where one rank alone would choose other chunks than the other."""
+    rank = dist.get_rank()
+    problem = Problem(T=3000, D=8, V=1000)
+    columns = [slice(0, 600), slice(600, 1000)][rank]
+    shard = VocabShard(columns.start, 1000, 600, dist.group.WORLD)
+    head = HeadLoss(HeadLossOptions(logits_memory_mib=1))
+    weight = problem.weight[columns].clone().requires_grad_()
+    head(problem.hidden, weight, problem.labels, shard=shard).loss.backward()
+    truth = problem.run(full_logits(HeadLossOptions()))
+    return relative_error(weight.grad, truth.d_weight[columns])
+
+
+def head_that_fsdp_did_not_gather() -> str:
+    """The head has no FSDP group of its own, and is called outside the model's forward."""
+    model = torch.nn.Module()
+    model.output = lm_head.LMHead.from_linear(torch.nn.Linear(8, 101, bias=False))
+    model.output.head_loss = HeadLoss()
+    torch.distributed.fsdp.fully_shard(
+        model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,))
+    )
+    try:
+        model.output(torch.zeros(1, 4, 8), torch.zeros(1, 4, dtype=torch.long))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def bad_labels() -> str:
+    """A label that is no word, under tensor parallelism."""
+    problem = Problem(T=37, D=8, V=101)
+    problem.labels[5] = 101
+    rank = dist.get_rank()
+    shard = VocabShard([0, 51][rank], 101, 51, dist.group.WORLD)
+    weight = problem.weight[[slice(0, 51), slice(51, 101)][rank]]
+    try:
+        HeadLoss()(problem.hidden, weight, problem.labels, shard=shard)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+CHECKS: tuple[Callable[[], Any], ...] = (
+    sharded_vocabulary,
+    head_of_dtensors,
+    bad_labels,
+    uneven_shards_in_many_chunks,
+    head_that_fsdp_did_not_gather,
+    communication,
+    preflight_passes,
+    preflight_catches,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--only", default="")
+    args = parser.parse_args()
+    matrix.register_tiny_models()
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
+    results = {}
+    for check in CHECKS:
+        if args.only in check.__name__:
+            results[check.__name__] = check()
+            if os.environ["RANK"] == "0":
+                with open(args.output, "w") as file:
+                    json.dump(results, file, indent=1)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

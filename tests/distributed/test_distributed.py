@@ -1,0 +1,134 @@
+"""Training on several processes: every row of the matrix, and the checks beside it.
+
+Each world size is one launch; its results are looked at by many tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.checks import PLANTED
+from tests.distributed.matrix import CASES, DEVICE, Case
+from tests.helpers import ROOT, python_env, run_command
+
+# A sum in float32 in another order, and what a tied model may lose in bfloat16, for which
+# stock torchtitan has no figure.
+FLOOR = {"float32": 2e-6, "bfloat16": 3e-2}
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    """Run a module on some processes; what it wrote, and its log."""
+
+    @functools.cache
+    def launch(module: str, ranks: int) -> tuple[Any, str]:
+        output: Path = tmp_path_factory.mktemp("launch") / "results.json"
+        run = run_command(
+            sys.executable,
+            *("-m", "torch.distributed.run", f"--nproc_per_node={ranks}"),
+            *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
+            *("-m", module, "--output", output),
+            # Liger's own kernels, on the CPU.
+            env=python_env(TRITON_INTERPRET="1" if DEVICE == "cpu" else None),
+            cwd=ROOT,
+        )
+        assert output.exists(), run.stdout[-5000:]
+        return json.loads(output.read_text()), run.stdout
+
+    return launch
+
+
+def runs_here(case: Case) -> bool:
+    return DEVICE == "cpu" and not case.gpu
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if runs_here(c)], ids=lambda c: f"{c.ranks}: {c.name}"
+)
+def test_fused_is_as_exact_as_stock_and_both_as_one_process(case, launch):
+    rows, log = launch("tests.distributed.matrix", case.ranks)
+    found = [row for row in rows if row["case"] == case.name]
+    assert found, log[-3000:]
+    (row,) = found
+    assert "error" not in row, row
+    for name, error in row["fused"].items():
+        stock = row["stock"][name] if case.stock else FLOOR[case.dtype]
+        assert error <= max(2 * stock, FLOOR["float32"]), (name, row)
+
+
+@pytest.mark.slow
+def test_a_vocabulary_in_uneven_and_empty_shards_is_exact(launch):
+    errors = launch("tests.distributed.checks", 2)[0]["sharded_vocabulary"]
+    assert len(errors) == 8
+    assert max(errors.values()) < 1e-12
+
+
+@pytest.mark.slow
+def test_uneven_shards_cut_their_tokens_alike(launch):
+    error = launch("tests.distributed.checks", 2)[0]["uneven_shards_in_many_chunks"]
+    assert error < 1e-12
+
+
+@pytest.mark.slow
+def test_a_weight_that_fsdp_has_not_gathered_is_no_vocabulary_shard(launch):
+    said = launch("tests.distributed.checks", 2)[0]["head_that_fsdp_did_not_gather"]
+    assert "Give the head a fully_shard of its own" in said
+
+
+@pytest.mark.slow
+def test_a_head_of_dtensors_takes_hidden_states_in_any_layout(launch):
+    errors = launch("tests.distributed.checks", 2)[0]["head_of_dtensors"]
+    assert len(errors) == 4
+    assert max(errors.values()) < 1e-12
+
+
+@pytest.mark.slow
+def test_a_label_that_is_no_word_is_an_error_on_every_shard(launch):
+    said = launch("tests.distributed.checks", 2)[0]["bad_labels"]
+    assert said.startswith("labels[5] is 101")
+
+
+@pytest.mark.slow
+def test_fsdp_gathers_and_reduces_once_per_group_whatever_the_chunks(launch):
+    counts = launch("tests.distributed.checks", 2)[0]["communication"]["FSDP2"]
+    assert counts["1"] == counts["4"]
+    micro_batches = 2
+    # Embedding, two blocks, head, and the rest: each reduced once. All but the head and
+    # the rest, whose weights are still there, are gathered again for backward.
+    assert counts["1"]["_reduce_scatter_base_"] == 5 * micro_batches
+    assert counts["1"]["_allgather_base_"] == (3 * 2 + 2) * micro_batches
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_has_one_collective_per_chunk(launch):
+    counts = launch("tests.distributed.checks", 2)[0]["communication"]["TP"]
+    one, four = counts["1"], counts["4"]
+    assert (one.pop("allgather_"), four.pop("allgather_")) == (1 * 2, 4 * 2)
+    # The rest does not grow, the reduction of the hidden states' gradient included.
+    assert one == four
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["FSDP2", "FSDP2, bf16", "TP", "DDP"])
+def test_preflight_passes_and_leaves_no_trace(layout, launch):
+    line = launch("tests.distributed.checks", 2)[0]["preflight_passes"][layout]
+    assert line.startswith("Preflight passed: chunked head in")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "error"), PLANTED, ids=lambda x: getattr(x, "__name__", x)
+)
+def test_preflight_catches_a_planted_error_and_names_the_layout(layout, error, launch):
+    said = launch("tests.distributed.checks", 2)[0]["preflight_catches"]
+    line = said[f"{layout}: {error.__name__}"]
+    assert line.startswith("caught: Preflight FAILED: chunked head in"), line
+    name = {"TP": "tp 2", "DDP": "dp_replicate 2"}.get(layout, "dp_shard 2")
+    assert f" on {name}," in line

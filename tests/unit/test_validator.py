@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import contextlib
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torchtitan_liger import device
+from torchtitan_liger.head_loss import HeadLoss
+from torchtitan_liger.lm_head import LMHead
+from torchtitan_liger.validator import LigerValidator
+
+V, D = 101, 16
+
+
+class Decoder(nn.Module):
+    """The least that a validator can validate."""
+
+    def __init__(self, vocab_size: int = V) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(vocab_size, D)
+        self.output = LMHead.from_linear(nn.Linear(D, vocab_size, bias=False))
+        self.output.head_loss = HeadLoss()
+
+    def forward(self, tokens, return_hidden_states):
+        assert return_hidden_states
+        assert not self.training
+        return self.tok_embeddings(tokens)
+
+
+def validate(model, batches, steps=-1):
+    """What a validator logs for these batches."""
+    validator = LigerValidator.__new__(LigerValidator)
+    logged = {}
+    validator.job_config = SimpleNamespace(validation=SimpleNamespace(steps=steps))
+    validator.validation_dataloader = batches
+    validator.metrics_processor = SimpleNamespace(
+        ntokens_since_last_log=0, log_validation=lambda **kw: logged.update(kw)
+    )
+    validator.parallel_dims = SimpleNamespace(get_optional_mesh=lambda _: None)
+    validator.post_dataloading_process = lambda inputs, labels, _: (
+        inputs["input"],
+        labels,
+        {},
+        {},
+    )
+    validator.validation_context = contextlib.nullcontext
+    validator.maybe_enable_amp = contextlib.nullcontext()
+    validator.validate([model], step=7)
+    return logged
+
+
+def batch(num_labels, seed=0, vocab_size=V):
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocab_size, (2, 8), generator=g)
+    labels = torch.full((16,), -100)
+    labels[:num_labels] = torch.randint(vocab_size, (num_labels,), generator=g)
+    return {"input": tokens}, labels.view(2, 8)
+
+
+def test_every_token_counts_the_same():
+    model = Decoder().train()
+    batches = [batch(1, seed=1), batch(9, seed=2)]
+    logged = validate(model, batches)
+    logits = [model.output(model.tok_embeddings(x["input"])) for x, _ in batches]
+    expected = F.cross_entropy(
+        torch.cat([z.flatten(0, 1) for z in logits]),
+        torch.cat([y.flatten() for _, y in batches]),
+    )
+    assert logged["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert logged["step"] == 7
+    assert model.training
+    assert model.output.num_fused_calls == 0
+
+
+def test_no_more_batches_than_asked_for():
+    model = Decoder()
+    two = validate(model, (batch(5, seed) for seed in itertools.count()), steps=2)
+    assert two == validate(model, [batch(5, 0), batch(5, 1)])
+
+
+def test_a_batch_without_labels_adds_nothing():
+    model = Decoder()
+    alone = validate(model, [batch(5)])
+    assert validate(model, [batch(5), batch(0)]) == alone
+    assert validate(model, [batch(0)])["loss"] == 0
+
+
+def test_a_label_that_is_no_word_is_an_error():
+    inputs, labels = batch(5)
+    labels[1, 2] = V
+    with pytest.raises(ValueError, match=rf"labels\[1, 2\] is {V}"):
+        validate(Decoder(), [(inputs, labels)])
+
+
+def test_its_peak_memory_is_below_that_of_the_logits():
+    vocab_size, length = 65536, 2048
+    model = Decoder(vocab_size)
+    tokens = torch.randint(vocab_size, (1, length))
+    data = [({"input": tokens}, tokens)]
+    validate(model, [batch(5)])  # warm up
+    device.reset_peak_resident_bytes()
+    before = device.peak_resident_bytes()
+    validate(model, data)
+    logits = length * vocab_size * 4
+    assert device.peak_resident_bytes() - before < logits / 4

@@ -1,0 +1,167 @@
+"""What every implementation does with the arguments of a call and with its gradients.
+
+`T` tokens, `D` width, `V` vocabulary, `v` this rank's columns of it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.distributed.tensor import DTensor
+
+
+class Call(NamedTuple):
+    """A call's tensors, checked and flat."""
+
+    hidden_TD: torch.Tensor
+    weight_vD: torch.Tensor
+    labels_T: torch.Tensor  # int64, each a word or the ignored index
+    scale: torch.Tensor  # [] 1 / normalizer; NaN if a label was no word
+    products_dtype: torch.dtype  # of hidden @ weight.T
+    math_dtype: torch.dtype  # of everything between logits and loss
+
+
+def prepare(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    normalizer: torch.Tensor | float,
+    vocab_size: int,
+    ignore_index: int,
+    check_labels: bool,
+) -> Call:
+    """Check the arguments of `HeadLoss.__call__`.
+
+    Raises:
+        ValueError: where shapes, dtypes, devices, the normalizer or, with `check_labels`,
+            the labels do not fit; the message holds what was got.
+    """
+    _check_tensors(hidden, weight, labels)
+    if check_labels:
+        check_label_range(labels, vocab_size, ignore_index)
+    dtype = products_dtype(hidden, weight)
+    math_dtype = torch.promote_types(dtype, torch.float32)
+    labels_T = labels.reshape(-1).long()
+    unusable_T = ((labels_T < 0) | (labels_T >= vocab_size)) & (
+        labels_T != ignore_index
+    )
+    scale = _inverse(normalizer, math_dtype, hidden.device)
+    return Call(
+        hidden_TD=hidden.reshape(-1, hidden.shape[-1]),
+        weight_vD=weight,
+        labels_T=labels_T.masked_fill(unusable_T, ignore_index),
+        scale=scale.masked_fill(unusable_T.any(), torch.nan),
+        products_dtype=dtype,
+        math_dtype=math_dtype,
+    )
+
+
+def products_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The dtype of `hidden @ weight.T`: the inputs' own, or autocast's.
+
+    Raises:
+        ValueError: for two dtypes outside autocast.
+    """
+    device_type = hidden.device.type
+    # autocast leaves float64 alone
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in (
+        hidden.dtype,
+        weight.dtype,
+    ):
+        return torch.get_autocast_dtype(device_type)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one of them, "
+            "or call this under torch.autocast"
+        )
+    return hidden.dtype
+
+
+def check_label_range(labels: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
+    """
+    Raises:
+        ValueError: for a label that is neither in [0, vocab_size) nor `ignore_index`;
+            the message holds the first one's value and position.
+    """
+    bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
+    if not bad.any():
+        return
+    position = tuple(bad.nonzero()[0].tolist())
+    raise ValueError(
+        f"labels[{', '.join(map(str, position))}] is {labels[position].item()}, which is "
+        f"neither a word of the vocabulary, [0, {vocab_size}), nor ignore_index "
+        f"({ignore_index}); {int(bad.sum())} of {labels.numel()} labels are like it"
+    )
+
+
+def scale_gradient(
+    grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`grad * factor` in `dtype`, rounded once; for use in a backward pass.
+
+    Takes over the memory of `grad`, unless the graph is kept for another pass.
+    """
+    # With no dims, `factor` would first be rounded to the dtype of `grad`.
+    factor = factor.reshape(1)
+    if dtype == grad.dtype and not _graph_is_kept():
+        return grad.mul_(factor)
+    return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward pass runs with `retain_graph`; True if torch cannot tell."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if keeps is None else keeps()
+
+
+def _inverse(
+    normalizer: torch.Tensor | float, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """`1 / normalizer` as a tensor [] on `device`; for zero, 1."""
+    if isinstance(normalizer, torch.Tensor):
+        if normalizer.numel() != 1 or normalizer.requires_grad:
+            raise ValueError(
+                "normalizer must be one number without gradient, got a tensor of shape "
+                f"{tuple(normalizer.shape)}, requires_grad={normalizer.requires_grad}"
+            )
+        value = normalizer.reshape(()).to(device, dtype)
+    else:
+        if not (math.isfinite(normalizer) and normalizer >= 0):
+            raise ValueError(
+                f"normalizer must be a finite number, at least 0, got {normalizer}"
+            )
+        value = torch.full((), float(normalizer), dtype=dtype, device=device)
+    return torch.where(value == 0, 1.0, value).reciprocal()
+
+
+def _check_tensors(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
+        if isinstance(tensor, DTensor):
+            raise ValueError(
+                f"{name} is a DTensor; pass its local tensor, with "
+                "`shard=VocabShard(...)` for a weight whose vocabulary is sharded"
+            )
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be [V, D], got {tuple(weight.shape)}")
+    if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "hidden must be [..., D] with the D of weight [V, D], got hidden "
+            f"{tuple(hidden.shape)} and weight {tuple(weight.shape)}"
+        )
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            "labels must have the shape of hidden without its last dim, got labels "
+            f"{tuple(labels.shape)} and hidden {tuple(hidden.shape)}"
+        )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels must be int64 or int32, got {labels.dtype}")
+    if not hidden.device == weight.device == labels.device:
+        raise ValueError(
+            "hidden, weight and labels must be on one device, got "
+            f"{hidden.device}, {weight.device} and {labels.device}"
+        )

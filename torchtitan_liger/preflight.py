@@ -1,0 +1,386 @@
+"""A proof, before the first step, that the fused head is right on this very mesh.
+
+A few tokens on each rank go through the decoder and the fused head, forward and backward,
+exactly as in training. Their hidden states are then gathered, and the same loss and
+gradients computed from full logits in float64, sharing no code with the engine. The
+error that may remain is the one that plain full logits have in this job's dtype, times
+`MARGIN`.
+
+`N` tokens with a label on all ranks, `D` width, `V` vocabulary, `v` the columns whose
+gradient this rank holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.utils import device_module
+
+from torchtitan_liger.head_loss.calls import products_dtype
+from torchtitan_liger.head_loss.options import HeadLossOptions
+from torchtitan_liger.lm_head import LMHead
+
+MARGIN = 2.0
+# Sums in another order, in float32, where full logits happen to have no error at all.
+FLOOR = 1e-5
+# Tokens with a label, over all ranks: enough to tell 1 % of an error, cheap in float64.
+MOST_LABELS = 512
+LENGTH = 128
+BLOCK = 16384  # columns, or 64 tokens, at a time in float64
+
+QUANTITIES = ("loss", "d_hidden", "d_weight")
+
+PrepareBatch = Callable[
+    [dict[str, torch.Tensor], torch.Tensor],
+    tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, Any]],
+]
+
+
+class PreflightError(RuntimeError):
+    """The fused head computes something else than full logits on this mesh."""
+
+
+@dataclass(frozen=True)
+class PreflightReport:
+    """What was compared, and how far it is from the truth."""
+
+    layout: str
+    impl: str
+    dtype: torch.dtype
+    errors: dict[str, float]
+    """Relative errors of the fused loss and gradients against float64."""
+    bounds: dict[str, float]
+    """The largest errors allowed: those of full logits in `dtype`, times `MARGIN`."""
+    num_labels: int
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        # NaN must not pass.
+        return all(self.errors[name] <= self.bounds[name] for name in QUANTITIES)
+
+    def __str__(self) -> str:
+        figures = ", ".join(
+            f"{name} {self.errors[name]:.1e} (at most {self.bounds[name]:.1e})"
+            for name in QUANTITIES
+        )
+        return (
+            f"Preflight {'passed' if self.passed else 'FAILED'}: {self.impl} head in "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.layout}, relative "
+            f"errors against float64: {figures}; {self.num_labels} tokens, "
+            f"{self.seconds:.2f} s"
+        )
+
+
+def check_head(
+    model: nn.Module,
+    parallel_dims: ParallelDims,
+    prepare_batch: PrepareBatch,
+    train_context: Callable[[], AbstractContextManager[None]],
+    amp: AbstractContextManager[None],
+    seq_len: int,
+    device: torch.device,
+) -> PreflightReport:
+    """Compare the fused head of `model` with full logits, on this mesh and in its dtypes.
+
+    Leaves gradients, buffers and random number generators as they were. Parameters must
+    have no gradient yet.
+
+    Args:
+        model: parallelized and initialized, with an `LMHead` as `output`.
+        prepare_batch: what a trainer does with a batch between data and model.
+        train_context, amp: the contexts of a training step.
+        seq_len: the longest sequence that the model is built for.
+
+    Raises:
+        PreflightError: when the errors are larger than the bounds.
+    """
+    start = time.perf_counter()
+    head = model.get_submodule("output")
+    assert isinstance(head, LMHead)
+    assert head.head_loss is not None
+    calls = head.num_fused_calls
+    with _no_trace(model):
+        fused, sample = _fused_step(
+            model,
+            head,
+            parallel_dims,
+            prepare_batch,
+            train_context,
+            amp,
+            seq_len,
+            device,
+        )
+        weight_VD = _full(head.weight.detach())
+        columns = _columns(head.weight)
+    head.num_fused_calls = calls
+    options = head.head_loss.options
+    truth = _full_logits(sample, weight_VD, columns, options, torch.float64)
+    stock = _full_logits(sample, weight_VD, columns, options, sample.dtype)
+    # torchtitan's data parallelism by replicas alone averages what are sums.
+    replicas = parallel_dims.dp_replicate if not parallel_dims.fsdp_enabled else 1
+    fused = fused._replace(d_weight=fused.d_weight * replicas)
+
+    errors, bounds = _relative_errors([fused, stock], truth)
+    report = PreflightReport(
+        layout=_layout(parallel_dims),
+        impl=head.head_loss.impl,
+        dtype=sample.dtype,
+        errors=errors,
+        bounds={name: MARGIN * error + FLOOR for name, error in bounds.items()},
+        num_labels=len(sample.labels_N),
+        seconds=time.perf_counter() - start,
+    )
+    if not report.passed:
+        raise PreflightError(
+            f"{report}. Training would go wrong in silence; train with "
+            "--liger_kernel.no-enable_fused_linear_cross_entropy and report this line. "
+            "(--liger_kernel.no-preflight skips the check.)"
+        )
+    return report
+
+
+class _Sample(NamedTuple):
+    """The tokens with a label of all ranks, and which of them are this rank's."""
+
+    hidden_ND: torch.Tensor  # as the head saw them
+    labels_N: torch.Tensor
+    mine: slice
+    dtype: torch.dtype  # of the head's products
+
+
+class _Gradients(NamedTuple):
+    loss: torch.Tensor  # [] over all ranks
+    d_hidden: torch.Tensor  # [n, D] this rank's tokens with a label
+    d_weight: torch.Tensor  # [v, D] this rank's shard of the sum over all ranks
+
+
+def _fused_step(
+    model: nn.Module,
+    head: LMHead,
+    dims: ParallelDims,
+    prepare_batch: PrepareBatch,
+    train_context: Callable[[], AbstractContextManager[None]],
+    amp: AbstractContextManager[None],
+    seq_len: int,
+    device: torch.device,
+) -> tuple[_Gradients, _Sample]:
+    """One step of training on a few tokens, and what went into its head."""
+    tokens_1L, labels_1L = _draw_batch(head.out_features, dims, seq_len, device)
+    inputs, labels, extra_inputs, extra_kwargs = prepare_batch(
+        {"input": tokens_1L}, labels_1L
+    )
+    num_labels = _gather((labels != IGNORE_INDEX).sum()[None], dims)
+    total = sum(int(n) for n in num_labels)
+    # Eager, so that this small batch leaves no trace in what compiled code specializes on.
+    with torch.compiler.set_stance("force_eager"), train_context():
+        with amp:
+            hidden = model(
+                inputs, **extra_inputs, **extra_kwargs, return_hidden_states=True
+            )
+            if head.weight is model.get_submodule("tok_embeddings").weight:
+                # Only the head's share of the gradient is to be compared.
+                hidden = hidden.detach().requires_grad_()
+            hidden.retain_grad()
+            loss = head(hidden, labels, normalizer=total).loss
+            dtype = products_dtype(hidden, _local(head.weight))
+        loss.backward()
+    assert hidden.grad is not None
+    assert head.weight.grad is not None
+    valid = labels != IGNORE_INDEX
+    mine_nD = _full(hidden.detach())[valid]
+    sample = _Sample(
+        hidden_ND=torch.cat(_gather(mine_nD, dims)),
+        labels_N=torch.cat(_gather(labels[valid], dims)),
+        mine=_slice_of_this_rank(num_labels, dims),
+        dtype=dtype if dtype in (torch.bfloat16, torch.float16) else hidden.dtype,
+    )
+    fused = _Gradients(
+        loss=torch.stack(_gather(loss.detach()[None], dims)).sum(),
+        d_hidden=_full(hidden.grad)[valid],
+        d_weight=_local(head.weight.grad).clone(),
+    )
+    return fused, sample
+
+
+def _draw_batch(
+    vocab_size: int, dims: ParallelDims, seq_len: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels [1, L]: others on each data-parallel rank, few with a label."""
+    rank = dims.get_mesh("batch").get_local_rank() if dims.dp_enabled else 0
+    ranks = dims.dp_replicate * dims.dp_shard
+    divisor = dims.seq_len_divisor
+    length = min(-(-LENGTH // divisor) * divisor, seq_len)
+    g = torch.Generator().manual_seed(rank)
+    tokens_1L = torch.randint(vocab_size, (1, length), generator=g)
+    labels_1L = torch.randint(vocab_size, (1, length), generator=g)
+    # Other numbers of labels on each rank, and none at all on the last of many.
+    count = min(length // 2, MOST_LABELS // ranks) // (1 + rank % 3)
+    if rank == ranks - 1 > 1:
+        count = 0
+    elif rank == 0:
+        count = max(1, count)
+    ignored = torch.randperm(length, generator=g)[count:]
+    labels_1L[0, ignored] = IGNORE_INDEX
+    return tokens_1L.to(device), labels_1L.to(device)
+
+
+def _full_logits(
+    sample: _Sample,
+    weight_VD: torch.Tensor,
+    columns: slice,
+    options: HeadLossOptions,
+    dtype: torch.dtype,
+) -> _Gradients:
+    """Loss and gradients from full logits, with products in `dtype`.
+
+    In float64 this is the truth; in the job's own dtype it is what stock training does.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    loss = torch.zeros((), dtype=wide, device=weight_VD.device)
+    d_hidden, total = [], max(1, len(sample.labels_N))
+    d_weight = torch.zeros_like(weight_VD[columns], dtype=wide)
+    with torch.autocast(weight_VD.device.type, enabled=False):
+        for start in range(0, len(sample.labels_N), 64):
+            hidden_nD = sample.hidden_ND[start : start + 64].to(sample.dtype).to(dtype)
+            labels_n = sample.labels_N[start : start + 64]
+            blocks = [b.to(sample.dtype).to(dtype) for b in weight_VD.split(BLOCK)]
+            logits_nV = torch.cat([hidden_nD @ b.T for b in blocks], dim=1)
+            logits_nV.requires_grad_()
+            part = _head_loss(logits_nV.to(wide), labels_n, options) / total
+            (d_logits_nV,) = torch.autograd.grad(part, logits_nV)
+            loss += part.detach()
+            d_parts = d_logits_nV.split(BLOCK, dim=1)
+            d_hidden.append(
+                sum((d @ b).to(wide) for d, b in zip(d_parts, blocks, strict=True))
+            )
+            d_weight += (d_logits_nV[:, columns].T @ hidden_nD).to(wide)
+    d_hidden_ND = torch.cat([*d_hidden, weight_VD.new_empty(0, weight_VD.shape[1])])
+    return _Gradients(loss, d_hidden_ND[sample.mine].to(dtype), d_weight.to(dtype))
+
+
+def _head_loss(
+    logits_nV: torch.Tensor, labels_n: torch.Tensor, options: HeadLossOptions
+) -> torch.Tensor:
+    if options.logit_softcap:
+        logits_nV = options.logit_softcap * torch.tanh(
+            logits_nV / options.logit_softcap
+        )
+    loss = F.cross_entropy(
+        logits_nV, labels_n, reduction="sum", label_smoothing=options.label_smoothing
+    )
+    return loss + options.z_loss * logits_nV.logsumexp(dim=1).square().sum()
+
+
+def _relative_errors(
+    candidates: list[_Gradients], truth: _Gradients
+) -> list[dict[str, float]]:
+    """For each candidate, over all ranks: norm of the difference / norm of the truth."""
+    zero = _Gradients(*(torch.zeros_like(t) for t in truth))
+    squares = [
+        (x.double() - t.double()).square().sum()
+        for candidate in (zero, *candidates)
+        for x, t in zip(candidate, truth, strict=True)
+    ]
+    sums = torch.stack(squares)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    norm, *rest = sums.sqrt().view(-1, len(QUANTITIES)).tolist()
+    return [
+        {
+            name: e / n if n else e
+            for name, e, n in zip(QUANTITIES, row, norm, strict=True)
+        }
+        for row in rest
+    ]
+
+
+def _columns(weight: torch.Tensor) -> slice:
+    """The rows of the full weight whose gradient this rank holds."""
+    if not isinstance(weight, DTensor):
+        return slice(0, weight.shape[0])
+    assert all(not isinstance(p, Shard) or p.dim == 0 for p in weight.placements)
+    shape, offset = compute_local_shape_and_global_offset(
+        weight.shape, weight.device_mesh, weight.placements
+    )
+    return slice(offset[0], offset[0] + shape[0])
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _gather(tensor: torch.Tensor, dims: ParallelDims) -> list[torch.Tensor]:
+    """The tensors of all ranks that see other tokens; their first dims may differ."""
+    mesh = dims.get_optional_mesh("loss")
+    if mesh is None:
+        return [tensor]
+    group, size = mesh.get_group(), mesh.size()
+    lengths = [
+        torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(size)
+    ]
+    dist.all_gather(lengths, lengths[0].new_tensor([len(tensor)]), group=group)
+    most = max(int(n) for n in lengths)
+    padded = tensor.new_zeros(most, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    gathered = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(gathered, padded, group=group)
+    return [t[: int(n)] for t, n in zip(gathered, lengths, strict=True)]
+
+
+def _slice_of_this_rank(num_labels: list[torch.Tensor], dims: ParallelDims) -> slice:
+    mesh = dims.get_optional_mesh("loss")
+    rank = 0 if mesh is None else mesh.get_local_rank()
+    before = sum(int(n) for n in num_labels[:rank])
+    return slice(before, before + int(num_labels[rank]))
+
+
+@contextlib.contextmanager
+def _no_trace(model: nn.Module) -> Iterator[None]:
+    """Restore buffers and random number generators, and remove the gradients."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    cpu_state = torch.get_rng_state()
+    on_cpu = device_module is torch.cpu or not hasattr(device_module, "get_rng_state")
+    state = None if on_cpu else device_module.get_rng_state()
+    training = model.training
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        torch.set_rng_state(cpu_state)
+        if state is not None:
+            device_module.set_rng_state(state)
+        model.train(training)
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
+def _layout(dims: ParallelDims) -> str:
+    degrees = {
+        "dp_replicate": dims.dp_replicate,
+        "dp_shard": dims.dp_shard,
+        "cp": dims.cp,
+        "tp": dims.tp,
+        "ep": dims.ep,
+    }
+    used = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
+    return " x ".join(used) or "one device"

@@ -158,7 +158,7 @@ def heading() -> str:
     )
     names = ("torch", "triton", "torchtitan", "liger-kernel")
     versions = ", ".join(f"{name} {installed(name)}" for name in names)
-    command = ["python", "scripts/bench_train.py"]
+    command = ["python", f"scripts/{Path(sys.argv[0]).name}"]
     arguments = iter(sys.argv[1:])
     for argument in arguments:
         if argument in ("--output", "--logs"):  # places on one machine

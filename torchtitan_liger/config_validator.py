@@ -47,6 +47,9 @@ class Rule:
     """
 
     topic: str
+    """The combination, for a reader of the README."""
+    outcome: str
+    """What happens, for the same reader."""
     reason: Callable[[JobConfig, Environment], str | None]
     effect: Literal["refuse", "fall back"]
     error: type[Exception]
@@ -131,15 +134,74 @@ def _liger_tensor_parallel(job: JobConfig, _: Environment) -> str | None:
     )
 
 
+def _seen_later(_job: JobConfig, _: Environment) -> None:
+    """Only the built model shows it: `LMHead.from_linear` and `parallelize` refuse it."""
+
+
 RULES = (
-    Rule("pipeline parallelism", _pipeline_parallel, "refuse", RuntimeError),
-    Rule("float8 or MX head", _quantized_head, "refuse", ValueError),
-    Rule("tied embeddings with TP", _tied_tensor_parallel, "refuse", ValueError),
-    Rule("reference with TP", _reference_tensor_parallel, "refuse", ValueError),
-    Rule("Liger-Kernel missing", _liger_not_importable, "fall back", ImportError),
-    Rule("Liger-Kernel without a GPU", _liger_no_device, "fall back", ImportError),
-    Rule("Liger-Kernel with TP", _liger_tensor_parallel, "fall back", ValueError),
+    Rule(
+        "pipeline parallelism",
+        f"refused: `--parallelism.pipeline_parallel_degree 1`, or `{FLAG_OFF}`",
+        _pipeline_parallel,
+        "refuse",
+        RuntimeError,
+    ),
+    Rule(
+        "a float8 or MX converter that would replace the LM head",
+        "refused, unless its `filter_fqns` has `output`: the head stays in bf16",
+        _quantized_head,
+        "refuse",
+        ValueError,
+    ),
+    Rule(
+        "an LM head that is no plain linear layer (LoRA, a bias, your own)",
+        "refused when the model is built",
+        _seen_later,
+        "refuse",
+        ValueError,
+    ),
+    Rule(
+        "tied embeddings with tensor parallelism",
+        "refused: `--parallelism.tensor_parallel_degree 1`",
+        _tied_tensor_parallel,
+        "refuse",
+        ValueError,
+    ),
+    Rule(
+        '`impl = "reference"` with tensor parallelism',
+        "refused: `--liger_kernel.impl chunked`",
+        _reference_tensor_parallel,
+        "refuse",
+        ValueError,
+    ),
+    Rule(
+        "Liger-Kernel missing, too old or broken",
+        '`chunked`, with a warning; `fallback = "error"`: ImportError',
+        _liger_not_importable,
+        "fall back",
+        ImportError,
+    ),
+    Rule(
+        "Liger-Kernel without a GPU",
+        '`chunked`; `fallback = "error"`: ImportError',
+        _liger_no_device,
+        "fall back",
+        ImportError,
+    ),
+    Rule(
+        "Liger-Kernel with tensor parallelism",
+        '`chunked`; `fallback = "error"`: ValueError',
+        _liger_tensor_parallel,
+        "fall back",
+        ValueError,
+    ),
 )
+
+
+def support_table() -> str:
+    """`RULES` as the table in the README."""
+    rows = ["| with the flag on | |", "|---|---|"]
+    return "\n".join(rows + [f"| {rule.topic} | {rule.outcome} |" for rule in RULES])
 
 
 @dataclass(frozen=True)

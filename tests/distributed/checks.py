@@ -44,7 +44,7 @@ def communication() -> dict[str, dict[str, dict[str, int]]]:
     return {
         name: {
             str(chunks): matrix.run_step(
-                LAYOUTS[name], fused=True, chunks=chunks
+                LAYOUTS[name], fused=True, chunks=chunks, count=True
             ).collectives
             for chunks in (1, 4)
         }

@@ -309,8 +309,14 @@ def build_trainer(case: Case, *, fused: bool) -> LigerTrainer:
     return trainer
 
 
-def run_step(case: Case, *, fused: bool, chunks: int = CHUNKS) -> Step:
-    """One step of the real trainer on this layout."""
+def run_step(
+    case: Case, *, fused: bool, chunks: int = CHUNKS, count: bool = False
+) -> Step:
+    """One step of the real trainer on this layout; `count` its collectives.
+
+    Compiled models cannot be counted.
+    """
+    collectives = Collectives()
     with chunked_in(chunks if fused else None):
         trainer = build_trainer(case, fused=fused)
         (model,) = trainer.model_parts
@@ -324,7 +330,7 @@ def run_step(case: Case, *, fused: bool, chunks: int = CHUNKS) -> Step:
         rank = dims.get_mesh("batch").get_local_rank() if dims.dp_enabled else 0
         data = sequences(trainer.model_args.vocab_size, groups, case.silent_rank)
         batches = micro_batches(data, case.micro_batches, rank, groups)
-        with Collectives() as collectives:
+        with collectives if count else contextlib.nullcontext():
             trainer.train_step(batches)
         calls = trainer.lm_head.num_fused_calls
         reference = "reference" in case.options
@@ -424,6 +430,8 @@ def main() -> None:
     world_size = int(os.environ["WORLD_SIZE"])
     if DEVICE == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
+    backend = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
+    dist.init_process_group(backend)
     rows = []
     for case in CASES:
         if case.ranks != world_size or (case.gpu and DEVICE == "cpu"):

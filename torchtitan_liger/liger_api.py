@@ -148,7 +148,9 @@ class LigerHeadLoss:
         device_type: str,
     ) -> ChunkPlan:
         """How a call with these sizes goes through its logits, and in which memory."""
-        budget = budget_bytes(self.options.logits_memory_mib, device_type)
+        budget = budget_bytes(
+            self.options.logits_memory_mib, device_type, vocab_size * dtype.itemsize
+        )
         const = chunk_mem_const(num_tokens, dim, vocab_size, dtype.itemsize, budget)
         rows = liger_rows(num_tokens, dim, vocab_size, const)
         return make_plan(num_tokens, rows, vocab_size, dtype.itemsize, dtype.itemsize)
@@ -194,7 +196,10 @@ class _LigerFunction(torch.autograd.Function):
             # Liger computes the weight's gradient only beside that of the hidden states.
             hidden.requires_grad_(with_grad)
             weight.requires_grad_(with_grad and needs_weight)
-            budget = budget_bytes(options.logits_memory_mib, hidden.device.type)
+            row_bytes = weight.shape[0] * dtype.itemsize
+            budget = budget_bytes(
+                options.logits_memory_mib, hidden.device.type, row_bytes
+            )
             with (
                 torch.set_grad_enabled(with_grad),
                 torch.autocast(hidden.device.type, enabled=False),

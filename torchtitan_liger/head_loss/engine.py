@@ -145,7 +145,9 @@ class HeadLoss:
         # with a softcap there are the logits before and after it.
         num_bytes = wide.itemsize * (2 if self.options.logit_softcap else 1)
         num_bytes += 0 if wide == dtype else dtype.itemsize
-        budget = budget_bytes(self.options.logits_memory_mib, device_type)
+        budget = budget_bytes(
+            self.options.logits_memory_mib, device_type, num_columns * num_bytes
+        )
         if (
             self.impl == "reference"
         ):  # autograd keeps the softmax, and needs its gradient

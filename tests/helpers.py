@@ -95,7 +95,10 @@ def full_logits(options: HeadLossOptions) -> Callable[..., torch.Tensor]:
         hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
         terms = reference_head_loss(hidden, weight, labels, options)
-        return terms["cross_entropy"] + options.z_loss * terms.get("z_loss", 0.0)
+        loss = terms["cross_entropy"].sum()
+        if options.z_loss:
+            loss = loss + options.z_loss * terms["z_loss"].sum()
+        return loss
 
     return loss_of
 

@@ -224,7 +224,7 @@ class HeadLossPlan:
         if self.impl == "liger":
             return LigerHeadLoss(self.options)
         assert self.impl != "stock"
-        return HeadLoss(self.options, impl=self.impl)
+        return HeadLoss(options=self.options, impl=self.impl)
 
     def announcement(self) -> str:
         """One line for the log."""

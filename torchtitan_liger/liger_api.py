@@ -96,7 +96,16 @@ class LigerHeadLoss:
     impl = "liger"
 
     def __init__(self, options: HeadLossOptions | None = None) -> None:
+        """
+        Raises:
+            ValueError: for a setting that Liger does not have.
+        """
         self.options = HeadLossOptions() if options is None else options
+        if self.options.temperature != 1:
+            raise ValueError(
+                f"Liger-Kernel has no temperature, got {self.options.temperature}; use "
+                'impl="chunked"'
+            )
         self.terms = terms_of(self.options)
 
     def __call__(
@@ -132,12 +141,12 @@ class LigerHeadLoss:
             call.hidden_TD, weight, call, self.options, torch.is_grad_enabled()
         )
         if not self.options.z_loss:
-            return HeadLossOutput(loss, {"cross_entropy": loss.detach()})
+            return HeadLossOutput(loss, {"cross_entropy": loss.detach()}, {})
         terms = {
             "cross_entropy": loss.detach() - z_loss,
             "z_loss": z_loss / self.options.z_loss,
         }
-        return HeadLossOutput(loss, terms)
+        return HeadLossOutput(loss, terms, {})
 
     def plan(
         self,

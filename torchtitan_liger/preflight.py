@@ -279,6 +279,7 @@ def _head_loss(
         logits_nV = options.logit_softcap * torch.tanh(
             logits_nV / options.logit_softcap
         )
+    logits_nV = logits_nV / options.temperature
     loss = F.cross_entropy(
         logits_nV, labels_n, reduction="sum", label_smoothing=options.label_smoothing
     )

@@ -24,9 +24,13 @@ import torch.distributed as dist  # isort: skip
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard  # isort: skip
 from torchtitan_liger import lm_head, preflight  # isort: skip
 from torchtitan_liger.head_loss import (  # isort: skip
+    CrossEntropy,
+    EntropyBonus,
     HeadLoss,
     HeadLossOptions,
+    PolicyGradient,
     VocabShard,
+    ZLoss,
     chunked,
     vocab_parallel,
 )
@@ -185,7 +189,7 @@ def sharded_vocabulary() -> dict[str, float]:
             options = HeadLossOptions(**settings)
             truth = problem.run(full_logits(options))
             with matrix.chunked_in(3):
-                head = HeadLoss(options)
+                head = HeadLoss(options=options)
                 weight = problem.weight[columns].clone().requires_grad_()
                 hidden = problem.hidden.clone().requires_grad_()
                 loss = head(hidden, weight, problem.labels, shard=shard).loss
@@ -203,6 +207,42 @@ def sharded_vocabulary() -> dict[str, float]:
             errors[f"{cuts} {sorted(settings)}"] = mine.max().item()
     assert size == 2
     return errors
+
+
+def sharded_terms() -> float:
+    """Largest error of a mixture of terms that needs every statistic."""
+    rank = dist.get_rank()
+    problem = Problem(T=37, D=8, V=101)
+    terms = [
+        CrossEntropy(0.1),
+        ZLoss(0.1),
+        EntropyBonus(0.3),
+        PolicyGradient("reinforce"),
+    ]
+    options = HeadLossOptions(logit_softcap=3.0, temperature=0.8)
+    rows = {"advantages": torch.linspace(-1, 1, 37).double()}
+    whole = problem.run(lambda *args: HeadLoss(terms, options)(*args, **rows).loss)
+    errors = []
+    for cuts in ([0, 61, 101], [0, 101, 101], [0, 0, 101]):
+        columns = slice(cuts[rank], cuts[rank + 1])
+        widest = max(cuts[1], 101 - cuts[1])
+        shard = VocabShard(cuts[rank], 101, widest, dist.group.WORLD)
+        weight = problem.weight[columns].clone().requires_grad_()
+        hidden = problem.hidden.clone().requires_grad_()
+        with matrix.chunked_in(3):
+            out = HeadLoss(terms, options)(
+                hidden, weight, problem.labels, shard=shard, **rows
+            )
+            out.loss.backward()
+        dist.all_reduce(hidden.grad)
+        errors += [
+            relative_error(out.loss.detach(), whole.loss),
+            relative_error(hidden.grad, whole.d_hidden),
+            relative_error(weight.grad, whole.d_weight[columns]),
+        ]
+    worst = torch.tensor(max(errors))
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return worst.item()
 
 
 def head_of_dtensors() -> dict[str, float]:
@@ -246,7 +286,7 @@ def uneven_shards_in_many_chunks() -> float:
     problem = Problem(T=3000, D=8, V=1000)
     columns = [slice(0, 600), slice(600, 1000)][rank]
     shard = VocabShard(columns.start, 1000, 600, dist.group.WORLD)
-    head = HeadLoss(HeadLossOptions(logits_memory_mib=1))
+    head = HeadLoss(options=HeadLossOptions(logits_memory_mib=1))
     weight = problem.weight[columns].clone().requires_grad_()
     head(problem.hidden, weight, problem.labels, shard=shard).loss.backward()
     truth = problem.run(full_logits(HeadLossOptions()))
@@ -284,6 +324,7 @@ def bad_labels() -> str:
 
 CHECKS: tuple[Callable[[], Any], ...] = (
     sharded_vocabulary,
+    sharded_terms,
     head_of_dtensors,
     bad_labels,
     uneven_shards_in_many_chunks,

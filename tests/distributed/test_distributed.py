@@ -71,6 +71,11 @@ def test_a_vocabulary_in_uneven_and_empty_shards_is_exact(launch):
 
 
 @pytest.mark.slow
+def test_a_mixture_of_terms_over_uneven_and_empty_shards_is_exact(launch):
+    assert launch("tests.distributed.checks", 2)[0]["sharded_terms"] < 1e-12
+
+
+@pytest.mark.slow
 def test_uneven_shards_cut_their_tokens_alike(launch):
     error = launch("tests.distributed.checks", 2)[0]["uneven_shards_in_many_chunks"]
     assert error < 1e-12

@@ -25,7 +25,7 @@ def test_error_is_at_most_twice_that_of_full_logits(
     problem = Problem(T=1031, D=256, V=4999).rounded(dtype)
     truth = problem.run(full_logits(options))
     stock = problem.run(full_logits(options), dtype, "cuda").errors(truth)
-    head = head_loss(HeadLossOptions(**settings, logits_memory_mib=budget_mib))
+    head = head_loss(options=HeadLossOptions(**settings, logits_memory_mib=budget_mib))
     ours = problem.run(lambda *a: head(*a).loss, dtype, "cuda").errors(truth)
     floor = 4 * torch.finfo(torch.float32).eps
     for name, error in ours.items():
@@ -57,7 +57,7 @@ def test_chunked_does_not_wait_for_the_gpu():
     weight = problem.weight.to("cuda", torch.bfloat16).requires_grad_()
     labels, normalizer = problem.labels.cuda(), torch.tensor(100, device="cuda")
     options = HeadLossOptions(label_smoothing=0.1, z_loss=1e-3, logits_memory_mib=1)
-    head = HeadLoss(options)
+    head = HeadLoss(options=options)
 
     def step():
         out = head(hidden, weight, labels, normalizer=normalizer, check_labels=False)
@@ -80,7 +80,7 @@ def test_logits_stay_within_the_budget(head_loss, budget_mib):
     hidden = torch.randn(T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(V, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(V, (T,), device="cuda")
-    head = head_loss(HeadLossOptions(logits_memory_mib=budget_mib))
+    head = head_loss(options=HeadLossOptions(logits_memory_mib=budget_mib))
     head(hidden[:128], weight, labels[:128], check_labels=False)  # warm up
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -98,7 +98,7 @@ def test_more_than_2_to_the_31_logits():
     assert T * V > 2**31
     problem = Problem(T=T, D=16, V=V, ignored=0).rounded(torch.bfloat16)
     truth = problem.run(full_logits(HeadLossOptions()), torch.float64, "cuda")
-    head = HeadLoss(HeadLossOptions(logits_memory_mib=16384))
+    head = HeadLoss(options=HeadLossOptions(logits_memory_mib=16384))
     assert head.plan(T, 16, V, torch.bfloat16, "cuda").tokens_per_chunk == T
     ours = problem.run(lambda *a: head(*a).loss, torch.bfloat16, "cuda").errors(truth)
     assert max(ours.values()) < 1e-2

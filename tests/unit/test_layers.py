@@ -15,6 +15,8 @@ PACKAGE = Path(torchtitan_liger.__file__).parent
 # From the bottom up. A module may import from the rows below its own.
 LAYERS = (
     {"job_config", "loss_curves", "device", "cli"},
+    {"loss_curves_judge"},
+    {"loss_curves_report"},
     {"head_loss.options", "head_loss.chunking", "head_loss.calls"},
     {"head_loss.terms", "head_loss.sweeps", "head_loss.reference"},
     {"head_loss.vocab_parallel"},

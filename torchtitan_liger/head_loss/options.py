@@ -14,8 +14,8 @@ ACC_DTYPES = (torch.float32, torch.bfloat16)
 class HeadLossOptions:
     """Settings of a linear cross entropy. All have the meaning they have in torch.
 
-    For one token, with `z = logit_softcap * tanh(u / logit_softcap)` (or `z = u`) and
-    `u = weight @ hidden`, the loss is
+    For one token, with `u = weight @ hidden` and
+    `z = logit_softcap * tanh(u / logit_softcap) / temperature`, the loss is
 
         (1 - label_smoothing) * -log_softmax(z)[label]
         + label_smoothing * mean(-log_softmax(z))
@@ -36,6 +36,9 @@ class HeadLossOptions:
 
     logit_softcap: float = 0.0
     """Bound of the logits (Gemma 2, arXiv:2408.00118, uses 30). 0: off."""
+
+    temperature: float = 1.0
+    """Divides the logits, after the softcap."""
 
     acc_dtype: torch.dtype = torch.float32
     """dtype in which the weight's gradient is summed over the chunks."""
@@ -60,6 +63,8 @@ class HeadLossOptions:
             raise ValueError(
                 f"logit_softcap must be 0 (off) or positive, got {self.logit_softcap}"
             )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.acc_dtype not in ACC_DTYPES:
             raise ValueError(
                 f"acc_dtype must be one of {ACC_DTYPES}, got {self.acc_dtype}"

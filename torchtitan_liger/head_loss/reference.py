@@ -18,7 +18,7 @@ def reference_head_loss(
     labels_T: torch.Tensor,
     options: HeadLossOptions,
 ) -> dict[str, torch.Tensor]:
-    """Each term's sum over the tokens with a label, before its weight; differentiable.
+    """Each term for each token, before its weight; differentiable.
 
     The logits are computed in the dtype of the inputs (under autocast, in autocast's) and
     the losses in at least float32, as torchtitan's own loss does.
@@ -29,17 +29,18 @@ def reference_head_loss(
         logits_TV = options.logit_softcap * torch.tanh(
             logits_TV / options.logit_softcap
         )
+    logits_TV = logits_TV / options.temperature
     terms = {
         "cross_entropy": F.cross_entropy(
             logits_TV,
             labels_T,
             ignore_index=options.ignore_index,
             label_smoothing=options.label_smoothing,
-            reduction="sum",
+            reduction="none",
         )
     }
     if options.z_loss:
         lse_T = torch.logsumexp(logits_TV, dim=-1)
         valid_T = labels_T != options.ignore_index
-        terms["z_loss"] = lse_T[valid_T].square().sum()
+        terms["z_loss"] = torch.where(valid_T, lse_T.square(), 0.0)
     return terms

@@ -182,7 +182,9 @@ def test_peak_memory_is_within_the_plan(softcap, dtype):
     hidden = torch.randn(T, D, dtype=dtype, requires_grad=True)
     weight = torch.randn(V, D, dtype=dtype, requires_grad=True)
     labels = torch.randint(V, (T,))
-    head = HeadLoss(HeadLossOptions(logits_memory_mib=64, logit_softcap=softcap))
+    head = HeadLoss(
+        options=HeadLossOptions(logits_memory_mib=64, logit_softcap=softcap)
+    )
     plan = head.plan(T, D, V, dtype, "cpu")
     assert plan.num_chunks > 3
     head(hidden[:8], weight, labels[:8]).loss.backward()  # warm up
@@ -205,7 +207,7 @@ def test_z_loss_off_adds_nothing():
 
 def test_terms_add_up_to_the_loss():
     problem = Problem()
-    head_loss = HeadLoss(HeadLossOptions(z_loss=0.01, label_smoothing=0.2))
+    head_loss = HeadLoss(options=HeadLossOptions(z_loss=0.01, label_smoothing=0.2))
     out = head_loss(problem.hidden, problem.weight, problem.labels, normalizer=7)
     assert set(out.terms) == {"cross_entropy", "z_loss"}
     total = out.terms["cross_entropy"] + 0.01 * out.terms["z_loss"]
@@ -397,7 +399,8 @@ def test_inputs_that_do_not_fit_are_named(change, message):
         ("logits_memory_mib", -1),
         ("logits_memory_mib", 0.5),
         ("impl", "liger"),
-        ("reduction", "none"),
+        ("reduction", "avg"),
+        ("temperature", 0.0),
     ],
 )
 def test_settings_out_of_range_are_named_with_their_value(setting, value):

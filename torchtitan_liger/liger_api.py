@@ -197,11 +197,10 @@ class _LigerFunction(torch.autograd.Function):
         num_tokens, dim = hidden.shape
         scale = call.scale.float()
         loss, z_loss = torch.zeros_like(scale), torch.zeros_like(scale)
-        grads: list[torch.Tensor | None] = [
-            torch.zeros_like(hidden) if with_grad and needs_hidden else None,
-            torch.zeros_like(weight) if with_grad and needs_weight else None,
-        ]
-        if num_tokens:  # Liger divides by the number of chunks
+        grads: list[torch.Tensor | None] = [None, None]
+        if num_tokens == 0:  # Liger would divide by zero chunks
+            grads = [torch.zeros_like(hidden), torch.zeros_like(weight)]
+        else:
             # Liger computes the weight's gradient only beside that of the hidden states.
             hidden.requires_grad_(with_grad)
             weight.requires_grad_(with_grad and needs_weight)

@@ -103,6 +103,14 @@ def test_no_events_say_what_to_switch_on(tmp_path):
         read_tensorboard(tmp_path)
 
 
+def test_of_several_ranks_the_first_counts(tmp_path):
+    for rank in (1, 0, 10):
+        write_tensorboard(tmp_path / f"rank_{rank}", {LOSS: {1: float(rank)}})
+    run = read_run(tmp_path)
+    assert run.curves == {LOSS: {1: 0.0}}
+    assert run.restarts == ()
+
+
 def test_what_is_written_is_read_again(tmp_path):
     curves = {LOSS: {1: 2.5, 7: math.inf}, GRAD_NORM: {3: 0.125}}
     write_tensorboard(tmp_path / "run", curves)

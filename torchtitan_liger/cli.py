@@ -21,22 +21,24 @@ def prepare_argv(argv: Sequence[str]) -> list[str]:
     """Rewrite arguments so that torchtitan's parser understands them.
 
     - `--liger_kernel.key False` becomes `--liger_kernel.no-key`, and
-      `--liger_kernel.key True` `--liger_kernel.key`.
+      `--liger_kernel.key True` `--liger_kernel.key`; so for `--training.compile`.
     - `--training.compile` becomes `--compile.enable`, in the TOML as well.
     - An assets path in the TOML that does not exist from here but does beside this
       package (our own tokenizer) is given as an absolute path.
     """
     prepared: list[str] = []
     for argument in argv:
-        flag = prepared[-1] if prepared else ""
-        if argument in ("True", "False") and re.fullmatch(r"--liger_kernel\.\w+", flag):
-            prepared[-1] = _switch(flag, argument == "True")
-        elif match := re.fullmatch(r"(--liger_kernel\.\w+)=(True|False)", argument):
-            prepared.append(_switch(match[1], match[2] == "True"))
-        elif match := re.fullmatch(r"--training\.(no[-_])?compile", argument):
-            prepared.append(_switch("--compile.enable", not match[1]))
+        flag, _, value = argument.partition("=")
+        if argument in ("True", "False") and prepared and _is_switch(prepared[-1]):
+            prepared[-1] = _switch(prepared[-1], argument == "True")
+        elif value in ("True", "False") and _is_switch(flag):
+            prepared.append(_switch(flag, value == "True"))
         else:
             prepared.append(argument)
+    older = re.compile(r"--training\.(no[-_])?compile")
+    for i, argument in enumerate(prepared):
+        if match := older.fullmatch(argument):
+            prepared[i] = _switch("--compile.enable", not match[1])
 
     # What the TOML says goes first, so that the user's own arguments win.
     toml = read_toml(argv)[1]
@@ -69,6 +71,10 @@ def read_toml(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
             return path, tomllib.load(file)
     except (OSError, tomllib.TOMLDecodeError):
         return path, {}
+
+
+def _is_switch(flag: str) -> bool:
+    return re.fullmatch(r"--(liger_kernel\.\w+|training\.compile)", flag) is not None
 
 
 def _switch(flag: str, value: bool) -> str:

@@ -227,8 +227,8 @@ def _parse(line: bytes, text_field: str, place: str) -> str:
         )
     if text_field not in record:
         raise ValueError(
-            f"{place}: no field {text_field!r}, only {sorted(record)}; rename it, or "
-            "call register_datasets(text_field=...) with one of these"
+            f"{place}: no field {text_field!r}, only {sorted(record)}; set "
+            "training.text_field to one of these"
         )
     text = record[text_field]
     if not isinstance(text, str):

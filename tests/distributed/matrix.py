@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -235,7 +236,7 @@ def build_job(case: Case, *, fused: bool) -> JobConfig:
     return ConfigManager().parse_args(
         [
             "--job.custom_config_module=torchtitan_liger.job_config",
-            "--job.dump_folder=/tmp/matrix",
+            f"--job.dump_folder={tempfile.gettempdir()}/matrix",
             "--model.hf_assets_path=.",
             f"--model.name={model}",
             f"--model.flavor={flavor}",

@@ -20,6 +20,8 @@ ASSETS = "torchtitan_liger/assets/tokenizer"
         (["--job.description", "False"], ["--job.description", "False"]),
         (["--training.compile"], ["--compile.enable"]),
         (["--training.no-compile"], ["--compile.no-enable"]),
+        (["--training.compile", "False"], ["--compile.no-enable"]),
+        (["--training.compile=True"], ["--compile.enable"]),
         (["False"], ["False"]),
     ],
 )

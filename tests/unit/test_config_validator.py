@@ -222,6 +222,8 @@ def test_an_unknown_key_is_named_with_its_value_and_its_neighbour():
     check_keys({"liger_kernel": {"impl": "auto"}, "model": {}}, "a.toml")
     with pytest.raises(ValueError, match=r"a.toml: .*no key impll .*'x'.* mean impl\?"):
         check_keys({"liger_kernel": {"impll": "x"}}, "a.toml")
+    with pytest.raises(ValueError, match=r"no section \[liger_kernal\]; did you mean"):
+        check_keys({"liger_kernal": {"impl": "x"}}, "a.toml")
     with pytest.raises(ValueError, match="liger_kernel is True; it must be a section"):
         check_keys({"liger_kernel": True}, "a.toml")
     with pytest.raises(ValueError, match="no key zzz .*logits_memory_mib"):

@@ -349,9 +349,11 @@ def check_keys(toml: Mapping[str, Any], path: str) -> None:
         ValueError: with the key, its value, and the nearest key that exists.
     """
     known = [field.name for field in fields(LigerKernel)]
-    for near in difflib.get_close_matches("liger_kernel", set(toml) - {"liger_kernel"}):
+    for other in difflib.get_close_matches(
+        "liger_kernel", set(toml) - {"liger_kernel"}
+    ):
         raise ValueError(
-            f"{path}: there is no section [{near}]; did you mean liger_kernel?"
+            f"{path}: there is no section [{other}]; did you mean liger_kernel?"
         )
     section = toml.get("liger_kernel", {})
     if not isinstance(section, Mapping):

@@ -1,11 +1,13 @@
-"""Training curves, per tag and step: read from TensorBoard and from torchtitan's log."""
+"""Training curves: read from TensorBoard and from torchtitan's log, and aligned."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 
 LOSS = "loss_metrics/global_avg_loss"
@@ -43,11 +45,8 @@ class LogFacts:
     @property
     def expected_calls(self) -> int | None:
         """Steps x micro-batches of the process that wrote the end of the log."""
-        if None in (self.first_step, self.last_step, self.accumulation_steps):
+        if not (self.first_step and self.last_step and self.accumulation_steps):
             return None
-        assert self.first_step is not None
-        assert self.last_step is not None
-        assert self.accumulation_steps is not None
         return (self.last_step - self.first_step + 1) * self.accumulation_steps
 
 
@@ -70,42 +69,46 @@ def read_run(path: str | Path, name: str = "") -> Run:
     """A run from its folder, its log or its event file.
 
     A folder gives its TensorBoard events, at any depth, and its log: `run.log`, or the
-    only file `*.log`. Steps that are in the log alone (a killed process loses the
-    events of its last two minutes) are taken from there.
+    only file `*.log`. Steps that are in the log alone (a process that is killed loses
+    the events of its last two minutes) are taken from there.
 
     Raises:
         FileNotFoundError: when there is nothing at `path`, or nothing to read.
         ValueError: when a log has no line of torchtitan's with a step.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no run at {path}")
-    if path.is_file() and "tfevents" not in path.name:
-        return _read_log_file(path, name or path.name)
-    logs = [path / LOG_NAME] if (path / LOG_NAME).exists() else [*path.glob("*.log")]
-    files = [path] if path.is_file() else find_event_files(path)
+    name = name or path.name
+    files, logs = find_event_files(path), [path / LOG_NAME]
+    if path.is_file():
+        logs = [] if files else [path]
+    elif not logs[0].exists():
+        logs = [*path.glob("*.log")]
+    if not files and len(logs) != 1:
+        raise FileNotFoundError(
+            f"{path} is no log and has neither TensorBoard events "
+            "(--metrics.enable_tensorboard) nor a single file *.log"
+        )
+    curves, restarts = _merge(files)
     if len(logs) != 1:
-        if not files:
-            raise FileNotFoundError(
-                f"{path} has no TensorBoard events and {len(logs)} logs: name a folder "
-                "with events (--metrics.enable_tensorboard), or a log"
-            )
-        curves, restarts = _merge([_read_events(file) for file in files])
-        return Run(name or path.name, curves, restarts=restarts)
-    log = parse_log(logs[0].read_text(errors="replace"), name or path.name)
-    if not files:
-        _require_steps(log, logs[0])
-        return log
-    curves, restarts = _merge([_read_events(file) for file in files])
+        return Run(name, curves, restarts=tuple(restarts))
+    log = parse_log(logs[0].read_text(errors="replace"), name)
+    if not files and LOSS not in log.curves and not log.crash:
+        raise ValueError(
+            f"{path} has no line such as 'step:  1  loss: 10.20000  grad_norm: 0.9', "
+            "which torchtitan prints on the rank that LOG_RANK names"
+        )
     resolution = {}
     for tag, curve in log.curves.items():
-        ours = curves.get(tag, {})
+        ours = curves.setdefault(tag, {})
         if missing := {s: v for s, v in curve.items() if s not in ours}:
-            # Names that only the console has are no tags of TensorBoard's.
             curves[tag] = dict(sorted({**ours, **missing}.items()))
             resolution[tag] = log.resolution[tag]
-    restarts = tuple(sorted({*restarts, *log.restarts}))
-    return Run(log.name, curves, resolution, log.log, restarts, log.crash)
+    return replace(
+        log,
+        curves=curves,
+        resolution=resolution,
+        restarts=tuple(sorted({*restarts, *log.restarts})),
+    )
 
 
 def read_tensorboard(folder: str | Path) -> Curves:
@@ -123,18 +126,32 @@ def read_tensorboard(folder: str | Path) -> Curves:
             f"no TensorBoard events under {folder}; was the run started with "
             "--metrics.enable_tensorboard?"
         )
-    return _merge([_read_events(file) for file in files])[0]
+    return _merge(files)[0]
 
 
-def find_event_files(folder: str | Path) -> list[Path]:
-    """The event files under `folder`, of any depth."""
-    return sorted(Path(folder).rglob("events.out.tfevents.*"))
+def find_event_files(path: str | Path) -> list[Path]:
+    """The event files at or under `path`, of any depth; of several ranks, those of one.
+
+    Raises:
+        FileNotFoundError: when there is nothing at `path`.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no run at {path}")
+    files = [path] if path.is_file() else path.rglob("*")
+    found = sorted(f for f in files if f.name.startswith("events.out.tfevents."))
+    # metrics.save_for_all_ranks
+    return [f for f in found if not _OTHER_RANK.search(f.as_posix())] or found
+
+
+_OTHER_RANK = re.compile(r"/rank_[1-9]\d*/")
 
 
 def parse_log(text: str, name: str = "") -> Run:
     """A run from what torchtitan prints: any prefix, with or without ANSI colours.
 
-    Where several ranks speak, the first one that prints a step is listened to.
+    Where several ranks speak, the first one that prints a step is listened to. What a
+    restarted run had printed from the step on at which it was taken up does not count.
     """
     parser = _LogParser()
     for line in text.splitlines():
@@ -142,18 +159,21 @@ def parse_log(text: str, name: str = "") -> Run:
     return parser.run(name)
 
 
+def write_tensorboard(folder: str | Path, curves: Curves) -> None:
+    """An event file in `folder` with all of `curves`, as `read_tensorboard` reads it."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for tag, curve in curves.items():
+            for step, value in curve.items():
+                writer.add_scalar(tag, value, step)
+
+
 # --- TensorBoard ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """The curves of one process, and when it began."""
-
-    start: float
-    curves: Curves
-
-
-def _read_events(file: Path) -> _Segment:
+def _read_events(file: Path) -> tuple[float, Curves]:
+    """When a process began, and its curves."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(file), size_guidance={"scalars": 0})
@@ -164,20 +184,19 @@ def _read_events(file: Path) -> _Segment:
         scalars = events.Scalars(tag)
         curves[tag] = {event.step: event.value for event in scalars}
         start = min(start, scalars[0].wall_time)
-    return _Segment(start, curves)
+    return start, curves
 
 
-def _merge(segments: Iterable[_Segment]) -> tuple[Curves, tuple[int, ...]]:
+def _merge(files: Iterable[Path]) -> tuple[Curves, list[int]]:
     """One run out of several processes; the steps at which it was taken up again."""
     merged: Curves = {}
     restarts = []
-    for segment in sorted(segments, key=lambda s: s.start):
-        steps = segment.curves.get(LOSS, {})
-        if steps and merged.get(LOSS):
-            restarts.append(min(steps))
-        for tag, curve in segment.curves.items():
+    for _, curves in sorted(map(_read_events, files), key=itemgetter(0)):
+        if LOSS in curves and LOSS in merged:
+            restarts.append(min(curves[LOSS]))
+        for tag, curve in curves.items():
             merged[tag] = _continue_at(merged.get(tag, {}), min(curve)) | curve
-    return merged, tuple(restarts)
+    return merged, restarts
 
 
 def _continue_at(curve: dict[int, float], step: int) -> dict[int, float]:
@@ -188,9 +207,9 @@ def _continue_at(curve: dict[int, float], step: int) -> dict[int, float]:
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _NUMBER = r"[-+]?(?:nan|inf|[\d,]*\.?\d+(?:[eE][-+]?\d+)?)"
-_STEP = re.compile(r"(?:^|\W)(validate )?step:\s*(\d+)\s+(\S.*)")
+_STEP = re.compile(r"(?:^|\W)(validate )?step:\s*(\d+)\s+(loss:.*)")
 _PAIR = re.compile(rf"([A-Za-z]\w*):\s*({_NUMBER})")
-_RANK = re.compile(r"\[rank(\d+)\]:")
+_RANK = re.compile(r"^\W*\[([A-Za-z]+\d+)\]:")  # torchrun's: role and rank
 _STARTS = re.compile(r"Training starts at step (\d+)")
 _SIZES = re.compile(
     r"local batch size (\d+), global batch size (\d+), "
@@ -234,7 +253,7 @@ class _LogParser:
         rank = match[1] if match else ""
         if match := _ERROR.search(line):
             if not self.facts.error and _CONSEQUENCE not in line:
-                self.facts = replace(self.facts, error=match[1])
+                self.facts = replace(self.facts, error=match[1][:500])
         elif self.rank not in (None, rank):
             pass
         elif match := _STEP.search(line):
@@ -290,29 +309,87 @@ def _last_digit(text: str) -> float:
     return 10.0 ** (int(exponent or 0) - len(decimals))
 
 
-def _read_log_file(path: Path, name: str) -> Run:
-    run = parse_log(path.read_text(errors="replace"), name)
-    _require_steps(run, path)
-    return run
+# --- Several runs --------------------------------------------------------------------
+
+LOOKAHEAD = 2
+"""Steps by which a spike may come sooner in one run than in another."""
 
 
-def _require_steps(run: Run, path: Path) -> None:
-    if LOSS not in run.curves and not run.crash:
-        raise ValueError(
-            f"{path} has no line such as 'step:  1  loss: 10.20000  grad_norm: 0.9', "
-            "which torchtitan prints on the rank that LOG_RANK names"
+@dataclass(frozen=True)
+class Runs:
+    """The runs of a comparison, by what they stand for."""
+
+    off: Run
+    on: Run
+    off_again: tuple[Run, ...] = ()
+    on_again: tuple[Run, ...] = ()
+
+    @property
+    def all(self) -> tuple[Run, ...]:
+        return (self.off, *self.off_again, self.on, *self.on_again)
+
+    @property
+    def pairs(self) -> tuple[tuple[Run, Run], ...]:
+        """Runs that differ in nothing that matters."""
+        return (
+            *((self.off, again) for again in self.off_again),
+            *((self.on, again) for again in self.on_again),
         )
 
 
-def distinct_names(paths: Sequence[str | Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart; numbered where none do."""
-    parts = [Path(path).absolute().parts for path in paths]
-    length = 1
-    while len({part[-length:] for part in parts}) < len(set(parts)):
-        length += 1
-    names: list[str] = []
-    for part in parts:
-        name = "/".join(part[-length:])
-        again = sum(1 for other in parts[: len(names)] if other == part)
-        names.append(f"{name} ({again + 1})" if again else name)
-    return names
+@dataclass(frozen=True)
+class Aligned:
+    """One curve of two runs, at the steps that both have."""
+
+    tag: str
+    steps: tuple[int, ...]
+    off: tuple[float, ...]
+    on: tuple[float, ...]
+    noise: tuple[float, ...]
+    """How far runs without a difference are apart up to here; NaN where not known."""
+
+    @property
+    def differences(self) -> tuple[float, ...]:
+        """on - off; 0 where both are the same infinity or NaN."""
+        return tuple(
+            0.0 if a == b or (a != a and b != b) else b - a
+            for a, b in zip(self.off, self.on, strict=True)
+        )
+
+
+def align(tag: str, runs: Runs) -> Aligned:
+    """The curve `tag` of off and on, at common steps, with its noise floor.
+
+    The floor at a step is the largest difference within a pair at any step up to
+    `LOOKAHEAD` steps later.
+    """
+    off, on = (run.curves.get(tag, {}) for run in (runs.off, runs.on))
+    steps = tuple(sorted(off.keys() & on.keys()))
+    spreads = [spread(tag, *pair) for pair in runs.pairs]
+    spread_steps = sorted(set().union(*spreads))
+    envelope, largest, noise = [], 0.0, []
+    for step in spread_steps:
+        largest = max([largest, *(s[step] for s in spreads if step in s)])
+        envelope.append(largest)
+    for step in steps:
+        seen = bisect_right(spread_steps, step)
+        known = seen and step <= spread_steps[-1]
+        index = min(seen - 1 + LOOKAHEAD, len(envelope) - 1)
+        noise.append(envelope[index] if known else math.nan)
+    return Aligned(
+        tag,
+        steps,
+        tuple(off[step] for step in steps),
+        tuple(on[step] for step in steps),
+        tuple(noise),
+    )
+
+
+def spread(tag: str, one: Run, other: Run) -> dict[int, float]:
+    """|other - one| at common steps; infinite where the other alone is not finite."""
+    a, b = one.curves.get(tag, {}), other.curves.get(tag, {})
+    return {
+        step: abs(b[step] - a[step]) if math.isfinite(b[step]) else math.inf
+        for step in sorted(a.keys() & b.keys())
+        if math.isfinite(a[step])
+    }

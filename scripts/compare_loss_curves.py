@@ -1,0 +1,392 @@
+#!/usr/bin/env python3
+"""Is it still the same training with the fused loss on? Trains off and on, and answers.
+
+    ./scripts/compare_loss_curves.py run train_configs/debug_model.toml
+    ./scripts/compare_loss_curves.py run my_job.toml --steps 200 -- --training.seq_len 512
+    ./scripts/compare_loss_curves.py read outputs/off outputs/on outputs/off_again
+
+The exit code is the answer: 0 same, 1 different, 2 cannot tell. The folder --output gets
+report.md, report.json and curves.png; report.md has the rule behind the answer.
+"""
+# ruff: noqa: E402 (the package may have to be found first)
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if not all(map(importlib.util.find_spec, ("torchtitan", "torchtitan_liger"))):
+    # This Python cannot train: go on in the environment of run_train.sh.
+    setup = f'source "{ROOT}/scripts/setup_env.sh" "" && exec "$PYTHON" "$0" "$@"'
+    os.execvp("bash", ["bash", "-c", setup, *sys.argv])
+
+from tqdm import tqdm
+
+from torchtitan_liger.loss_curves import (
+    LOG_NAME,
+    LogFacts,
+    Run,
+    Runs,
+    read_run,
+    write_tensorboard,
+)
+from torchtitan_liger.loss_curves_judge import Rule, judge, missing_proof, unlike_start
+from torchtitan_liger.loss_curves_report import (
+    PICTURE,
+    Report,
+    draw,
+    markdown,
+    overlays,
+    table_text,
+    to_json,
+)
+
+ON = "--liger_kernel.enable_fused_linear_cross_entropy"
+OFF = "--liger_kernel.no-enable_fused_linear_cross_entropy"
+TAIL = 40  # lines of a crashed run's log that go into the report
+
+RUN_HELP = """\
+Trains CONFIG through run_train.sh (NGPU and its other variables count here too):
+
+  off        without the fused loss
+  on         with it
+  off_again  without it, each step's sequences split into more micro-batches: the same
+             tokens in the same order, but other shapes of matrix products and another
+             order of the sums. That must not matter, so what it changes is the noise
+             floor. (Other numbers of threads, and mere repetition, changed not one bit,
+             on CPUs and on GPUs.) A micro-batch of one sequence cannot be split; then
+             other kernels are asked for by ATEN_CPU_CAPABILITY and
+             TORCH_BLAS_PREFER_CUBLASLT.
+  on_again   on, split like that: only when the answer would be "different", because
+             without it a run that spikes by chance is taken for a faulty one.
+
+All have the same seed (1), data and weights, deterministic algorithms where torch has
+them, and every step logged. Options after -- go to every run and win over these.
+"""
+READ_HELP = """\
+Compares finished runs of any origin and length. Each RUN is a folder with TensorBoard
+events or a log or both, an event file, or a log. The first is taken as off, the second
+as on; further ones repeat one of them (on if their log counts fused losses) and give
+the noise floor. Without further ones, the relative bounds judge alone.
+"""
+
+
+def main() -> int:
+    args = parse_args(sys.argv[1:])
+    try:
+        rule = Rule(args.loss_bound, args.grad_norm_bound, args.noise_factor)
+        report = (
+            train_all(args, rule) if args.command == "run" else read_all(args, rule)
+        )
+    except (OSError, ValueError) as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        return 2
+    write(report, args)
+    verdict = report.verdict
+    print(f"\n{report.title}\n\n{table_text(report.runs)}\n\nVerdict: {verdict}")
+    print(*(f"  {reason}" for reason in verdict.reasons), sep="\n")
+    print(f"\n{args.output / 'report.md'}")
+    return verdict.exit_code
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--output", type=Path, help="folder of the report and the runs")
+    add("--svg", action="store_true", help="the picture as SVG too")
+    add("--tensorboard", action="store_true", help="overlays for TensorBoard too")
+    bounds = {
+        "--loss-bound": (Rule.loss_bound, "relative difference of the loss"),
+        "--grad-norm-bound": (Rule.grad_norm_bound, "and of the gradient norm"),
+        "--noise-factor": (Rule.noise_factor, "multiple of the noise floor"),
+    }
+    for option, (default, what) in bounds.items():
+        text = f"{what} that is always allowed (%(default)g)"
+        add(option, type=float, default=default, metavar="X", help=text)
+
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run",
+        parents=[common],
+        formatter_class=raw,
+        description=RUN_HELP,
+        usage="%(prog)s CONFIG [options] [-- --section.option value ...]",
+        help="train off and on, then compare",
+    )
+    run.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file")
+    run.add_argument("--steps", type=int, help="training.steps")
+    read = commands.add_parser(
+        "read",
+        parents=[common],
+        formatter_class=raw,
+        description=READ_HELP,
+        help="compare finished runs",
+    )
+    read.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    read.add_argument(
+        "--curves-only",
+        action="store_true",
+        help="compare any two runs: no proof that one was off and the other on",
+    )
+    split = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:split])
+    args.overrides = list(argv[split + 1 :])
+    if args.command == "run":
+        if not args.config.is_file():
+            run.error(f"there is no CONFIG {args.config}")
+        args.output = args.output or Path("outputs", f"compare_{args.config.stem}")
+    else:
+        if len(args.runs) < 2 or args.overrides:
+            read.error(
+                "name two runs or more: off, on, and any that repeat one of them"
+            )
+        args.output = args.output or Path("outputs", "compare")
+    return args
+
+
+# --- read ----------------------------------------------------------------------------
+
+
+def read_all(args: argparse.Namespace, rule: Rule) -> Report:
+    """Compare finished runs."""
+    names = distinct_names(args.runs)
+    pairs = zip(args.runs, names, strict=True)
+    runs = group([read_run(path, name) for path, name in pairs])
+    proof = not args.curves_only
+    verdict = judge(runs, rule, proof=proof)
+    title = "off and on"
+    if names[:2] != ["off", "on"]:
+        title = f"off: {runs.off.name}, on: {runs.on.name}"
+    return Report(title, runs, verdict, rule, missing_proof(runs) if proof else None)
+
+
+def group(runs: Sequence[Run]) -> Runs:
+    """Runs by what they stand for: off, on, then repetitions."""
+    off, on, *rest = runs
+    on_again = [run for run in rest if run.log and run.log.fused_calls]
+    off_again = [run for run in rest if run not in on_again]
+    return Runs(off, on, tuple(off_again), tuple(on_again))
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart; numbered where none do."""
+    parts = [path.absolute().parts for path in paths]
+    length = 1
+    while len({part[-length:] for part in parts}) < len(set(parts)):
+        length += 1
+    names: list[str] = []
+    for i, part in enumerate(parts):
+        again = parts[:i].count(part)
+        names.append("/".join(part[-length:]) + (f" ({again + 1})" if again else ""))
+    return names
+
+
+# --- run -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reordering:
+    """How a job is changed so that only its sums are taken in another order."""
+
+    label: str
+    overrides: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def reorder(log: LogFacts) -> Reordering:
+    """A change to the job that wrote `log` which must not matter."""
+    size, total = log.local_batch_size or 1, log.global_batch_size
+    if size == 1:
+        env = {"ATEN_CPU_CAPABILITY": "default", "TORCH_BLAS_PREFER_CUBLASLT": "1"}
+        return Reordering("with other kernels", env=env)
+    smaller = next(size // d for d in range(2, size + 1) if size % d == 0)
+    sizes = {"local_batch_size": smaller, "global_batch_size": total}
+    overrides = tuple(f"--training.{name}={value}" for name, value in sizes.items())
+    return Reordering(f"in micro-batches of {smaller} instead of {size}", overrides)
+
+
+def train_all(args: argparse.Namespace, rule: Rule) -> Report:
+    """Train off, on and again, and compare."""
+    details: dict[str, dict[str, str]] = {}
+    notes = []
+    with Progress(num_runs=3) as progress:
+        trainer = Trainer(args, progress, details)
+        off = trainer.train("off", [OFF])
+        on = trainer.train("on", [ON])
+        runs = Runs(off, on)
+        other = reorder(off.log or LogFacts())
+        if off.curves:
+            again = trainer.train("off_again", [OFF, *other.overrides], other.env)
+            runs = replace(runs, off_again=(again,))
+            notes.append(f"off_again is off {other.label}.")
+        verdict = judge(runs, rule, same_start=True)
+        if verdict.answer == "different" and not any(run.crash for run in runs.all):
+            progress.add_run()
+            notes.append(f"After three runs the verdict was `{verdict}`.")
+            again = trainer.train("on_again", [ON, *other.overrides], other.env)
+            if problem := again.crash or unlike_start(on, again, rule):
+                notes.append(f"on_again does not count: {problem}.")
+            else:
+                notes.append(f"on_again is on {other.label}.")
+                runs = replace(runs, on_again=(again,))
+                verdict = judge(runs, rule, same_start=True)
+    title = f"{args.config.stem}, fused loss off and on"
+    proof = missing_proof(runs)
+    return Report(title, runs, verdict, rule, proof, notes, details)
+
+
+class Trainer:
+    """Starts the runs of a comparison, one after the other."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        progress: Progress,
+        details: dict[str, dict[str, str]],
+    ) -> None:
+        self.args = args
+        self.progress = progress
+        self.details = details
+
+    def train(
+        self, name: str, changes: Sequence[str], env: Mapping[str, str] | None = None
+    ) -> Run:
+        """Train once; keep the log, whatever happens."""
+        args, folder = self.args, self.args.output / name
+        _clear(folder)
+        steps = [] if args.steps is None else [f"--training.steps={args.steps}"]
+        command = [
+            str(ROOT / "run_train.sh"),
+            f"--job.dump_folder={folder}",
+            "--metrics.log_freq=1",
+            "--metrics.enable_tensorboard",
+            "--metrics.disable_color_printing",
+            "--debug.seed=1",
+            "--debug.deterministic",
+            "--debug.deterministic_warn_only",
+            *steps,
+            *args.overrides,
+            *changes,
+        ]
+        variables = {"CONFIG_FILE": str(args.config), **(env or {})}
+        shown = shlex.join([*(f"{k}={v}" for k, v in variables.items()), *command])
+        self.progress.begin(name)
+        start, tail = time.monotonic(), deque[str](maxlen=TAIL)
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHON": sys.executable, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        with process, open(folder / LOG_NAME, "w") as log:
+            log.write(f"$ {shown}\n")
+            assert process.stdout is not None
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                tail.append(line)
+                self.progress.read(line)
+        seconds = time.monotonic() - start
+        run = read_run(folder, name)
+        self.details[name] = {"command": shown, "seconds": f"{seconds:.0f}"}
+        if process.returncode:
+            crash = run.crash or f"exit code {process.returncode}"
+            run = replace(run, crash=crash)
+            self.details[name]["end of the log"] = "".join(tail).rstrip()
+        self.progress.end(name, f"crashed: {run.crash}" if run.crash else "finished")
+        return run
+
+
+def _clear(folder: Path) -> None:
+    """An empty folder for a run; what an earlier comparison left there is removed."""
+    if (folder / LOG_NAME).is_file():
+        shutil.rmtree(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} is no run of an earlier comparison (it has no {LOG_NAME}): "
+            "choose another --output"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+class Progress:
+    """A bar over the steps of all runs, with the time that is left."""
+
+    def __init__(self, num_runs: int) -> None:
+        self.num_runs = num_runs
+        self.num_done = 0
+        self.last_step = 0  # of each run
+        self.bar = tqdm(unit="step", smoothing=0, disable=None, dynamic_ncols=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def add_run(self) -> None:
+        self.num_runs += 1
+        self._show()
+
+    def begin(self, name: str) -> None:
+        self.bar.write(f"{name}: started", file=sys.stderr)
+        self.bar.set_description(name)
+
+    def read(self, line: str) -> None:
+        """Look for the step, and for the number of steps, in a line of a log."""
+        if match := re.search(r"total steps (\d+)", line):
+            self.last_step = int(match[1])
+            self._show()
+        elif match := re.search(r"(?<!validate )step:\s*(\d+)\s+loss:", line):
+            self._show(int(match[1]))
+
+    def end(self, name: str, how: str) -> None:
+        self.num_done += 1
+        self._show()
+        self.bar.write(f"{name}: {how}", file=sys.stderr)
+
+    def _show(self, step: int = 0) -> None:
+        self.bar.total = self.num_runs * self.last_step or None
+        self.bar.n = self.num_done * self.last_step + step
+        self.bar.refresh()
+
+
+# --- The answer ----------------------------------------------------------------------
+
+
+def write(report: Report, args: argparse.Namespace) -> None:
+    """The files of a comparison."""
+    folder: Path = args.output
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text(markdown(report))
+    (folder / "report.json").write_text(to_json(report))
+    picture = folder / PICTURE
+    pictures = [picture, picture.with_suffix(".svg")] if args.svg else [picture]
+    draw(report, *pictures)
+    if args.tensorboard:
+        target = folder / "tensorboard"
+        shutil.rmtree(target, ignore_errors=True)
+        for name, curves in overlays(report).items():
+            write_tensorboard(target / name, curves)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

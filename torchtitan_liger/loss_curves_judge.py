@@ -1,0 +1,385 @@
+"""Is it still the same training? Two runs are aligned, compared with the noise, judged.
+
+The noise floor comes from runs that differ in nothing that matters: the same job with its
+sums in another order. Two such runs drift apart, slowly at first, then faster, and a
+spike comes a step sooner in one of them. How far apart they have come tells what a
+difference between "off" and "on" means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from torchtitan_liger.loss_curves import (
+    GRAD_NORM,
+    LOSS,
+    TERM_PREFIX,
+    Aligned,
+    LogFacts,
+    Run,
+    Runs,
+    align,
+    spread,
+)
+
+NAMES = {LOSS: "loss", GRAD_NORM: "gradient norm"}
+"""The curves that are judged. Adam hides a gradient of the wrong size from the loss."""
+
+MIN_STEPS = 5
+MAX_NOISE = {LOSS: 0.1, GRAD_NORM: 0.5}
+"""A noise floor that would allow more than this share of a value judges nothing."""
+MOST_NOISE_OF_ON = 10.0
+"""How many times further apart than two runs of "off" two runs of "on" may be."""
+FUSED_IMPLS = ("liger", "chunked")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How far apart two runs may be."""
+
+    loss_bound: float = 1e-4
+    """Relative difference of the loss that is always allowed."""
+    grad_norm_bound: float = 1e-3
+    """Relative difference of the gradient norm that is always allowed."""
+    noise_factor: float = 5.0
+    """Multiple of the noise floor that is allowed."""
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if not 0 < value < math.inf:
+                raise ValueError(
+                    f"{option.name} is {value}; it must be a number greater than 0"
+                )
+
+    def bound(self, tag: str) -> float:
+        return {LOSS: self.loss_bound, GRAD_NORM: self.grad_norm_bound}[tag]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A curve, with what is allowed at each step."""
+
+    aligned: Aligned
+    allowed: tuple[float, ...]
+    """NaN at a step that is not judged."""
+    first_excess: int | None
+    """The first step with a larger difference."""
+
+    @property
+    def num_steps(self) -> int:
+        return sum(1 for limit in self.allowed if not math.isnan(limit))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer, and what led to it."""
+
+    answer: Literal["same", "different", "cannot tell"]
+    step: int | None
+    """The first step that differs."""
+    reasons: tuple[str, ...]
+    curves: dict[str, Judged] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        return {"same": 0, "different": 1, "cannot tell": 2}[self.answer]
+
+    def __str__(self) -> str:
+        at = f" at step {self.step}" if self.step is not None else ""
+        return self.answer + at
+
+
+def judge_curve(aligned: Aligned, runs: Runs, rule: Rule, end: float) -> Judged:
+    """Compare each difference with what is allowed, at the steps before `end`."""
+    tag = aligned.tag
+    both = (runs.off, runs.on)
+    # Two roundings, half a digit each; a hair more for the subtraction itself.
+    rounding = max(run.resolution.get(tag, 0.0) for run in both) * (1 + 1e-6)
+    allowed, first_excess = [], None
+    differences = aligned.differences
+    for i, step in enumerate(aligned.steps):
+        off, noise = abs(aligned.off[i]), aligned.noise[i]
+        limit = rule.bound(tag) * off
+        if runs.pairs:
+            within_noise = rule.noise_factor * noise
+            limit = max(limit, within_noise)
+            if not within_noise <= MAX_NOISE[tag] * off:
+                limit = math.nan
+        if step >= end:
+            limit = math.nan
+        allowed.append(limit + rounding)
+        size = abs(differences[i])
+        if not math.isfinite(size):  # off is finite, so on is not
+            excess = step < end and not (runs.pairs and not math.isfinite(noise))
+        else:
+            excess = size > allowed[-1]
+        if excess and first_excess is None:
+            first_excess = step
+    return Judged(aligned, tuple(allowed), first_excess)
+
+
+def judge(
+    runs: Runs, rule: Rule, *, proof: bool = True, same_start: bool = False
+) -> Verdict:
+    """The verdict on `runs`.
+
+    Args:
+        proof: whether "off" and "on" have to be proven by the counts in their logs.
+        same_start: whether runs that differ in nothing that matters have to begin with
+            the same loss.
+    """
+    not_finite = _not_finite(runs.off)
+    end = min(not_finite, default=math.inf)
+    curves = {
+        tag: judge_curve(align(tag, runs), runs, rule, end)
+        for tag in NAMES
+        if tag in runs.off.curves and tag in runs.on.curves
+    }
+    unlike = []
+    if same_start:
+        unlike = [text for pair in runs.pairs if (text := unlike_start(*pair, rule))]
+    excesses = [c.first_excess for c in curves.values() if c.first_excess is not None]
+    unsound = unlike + unrepeatable(runs, rule)
+    if excesses and not unsound:
+        step = min(excesses)
+        reasons = [
+            _describe_excess(curve, step)
+            for curve in curves.values()
+            if curve.first_excess == step
+        ]
+        return Verdict("different", step, tuple(reasons), curves)
+
+    problems = unsound + [
+        f"{run.name} crashed: {run.crash}" for run in runs.all if run.crash
+    ]
+    if proof:
+        problems += missing_proof(runs)
+    for run in runs.all:
+        if bad := _not_finite(run):
+            problems.append(f"{run.name}: {bad[min(bad)]} at step {min(bad)}")
+    problems += [
+        f"{run.name} has no {name}"
+        for tag, name in NAMES.items()
+        for run in (runs.off, runs.on)
+        if not run.curves.get(tag)
+    ]
+    for curve in curves.values():
+        problems += _too_little(curve)
+    if problems:
+        return Verdict("cannot tell", None, tuple(problems), curves)
+    reasons = [
+        _describe_agreement(curve, bool(runs.pairs)) for curve in curves.values()
+    ]
+    return Verdict("same", None, tuple(reasons), curves)
+
+
+def missing_proof(runs: Runs) -> list[str]:
+    """What is missing to know that "off" was off and "on" was on."""
+    problems = []
+    for run in (runs.off, *runs.off_again):
+        calls = run.log.fused_calls if run.log else None
+        if calls:
+            problems.append(f"{run.name} was not off: {_describe_calls(run)}")
+        elif calls is None and run is runs.off:
+            problems.append(_unproven(run))
+    for run in (runs.on, *runs.on_again):
+        log = run.log or LogFacts()
+        if log.fused_calls is None:
+            problems.append(_unproven(run))
+            continue
+        expected = log.expected_calls
+        # The loss of validation may be fused as well.
+        enough = expected is not None and (
+            log.fused_calls == expected
+            or (log.validated and log.fused_calls > expected)
+        )
+        if log.fused_calls == 0 or log.impl not in FUSED_IMPLS or not enough:
+            wanted = "" if expected is None else f", where {expected} were due"
+            problems.append(f"{run.name} was not on: {_describe_calls(run)}{wanted}")
+    return problems
+
+
+def _unproven(run: Run) -> str:
+    where = "its log does not" if run.log else "there is no log to"
+    return f"{run.name}: {where} say how often the LM head computed a fused loss"
+
+
+def _describe_calls(run: Run) -> str:
+    assert run.log is not None
+    return f"its LM head computed {run.log.fused_calls} fused losses ({run.log.impl})"
+
+
+def _not_finite(run: Run) -> dict[int, str]:
+    return {
+        step: f"the {name} is {value}"
+        for tag, name in NAMES.items()
+        for step, value in run.curves.get(tag, {}).items()
+        if not math.isfinite(value)
+    }
+
+
+def unlike_start(one: Run, other: Run, rule: Rule) -> str:
+    """Why two runs do not begin with the same weights and data; empty if they do."""
+    for tag, name in NAMES.items():
+        for step, size in [*spread(tag, one, other).items()][:1]:
+            value = one.curves[tag][step]
+            if size > rule.bound(tag) * abs(value):
+                return (
+                    f"{one.name} and {other.name}, which differ in nothing that matters, "
+                    f"begin with a {name} {_percent(size, value)} apart (step {step})"
+                )
+    return ""
+
+
+def unrepeatable(runs: Runs, rule: Rule) -> list[str]:
+    """Why repetitions of "on" are no measure of harmless noise; empty if they are.
+
+    Where two runs of "off" stay close and two of "on" do not, either chance has put one
+    of them on another path or the fused loss depends on the order of its sums.
+    """
+    found = []
+    for again in runs.on_again:
+        for tag, name in NAMES.items():
+            offs = [spread(tag, runs.off, other) for other in runs.off_again]
+            most = max((v for values in offs for v in values.values()), default=0.0)
+            for step, size in spread(tag, runs.on, again).items():
+                value = abs(runs.on.curves[tag][step])
+                if size > max(MOST_NOISE_OF_ON * most, rule.bound(tag) * value):
+                    found.append(
+                        f"{runs.on.name} does not repeat itself: the {name} of "
+                        f"{again.name} is {size:.2g} away at step {step}, while runs of "
+                        f"off are at most {most:.2g} apart"
+                    )
+                    break
+    return found
+
+
+def _too_little(curve: Judged) -> list[str]:
+    name, total, num = NAMES[curve.aligned.tag], len(curve.allowed), curve.num_steps
+    if total < MIN_STEPS:
+        return [f"only {total} common steps with a {name}; {MIN_STEPS} are needed"]
+    needed = MIN_STEPS
+    if curve.aligned.tag == LOSS:
+        needed = max(MIN_STEPS, -(-total // 2))
+    if num >= needed:
+        return []
+    unjudged = (
+        step
+        for step, limit in zip(curve.aligned.steps, curve.allowed, strict=True)
+        if math.isnan(limit)
+    )
+    return [
+        f"the {name} can be judged at {num} of {total} steps only, {needed} are needed: "
+        f"from step {next(unjudged)} on, the noise floor is too large or not known. "
+        "Fewer steps, or a smaller learning rate, leave less noise"
+    ]
+
+
+def _describe_excess(curve: Judged, step: int) -> str:
+    aligned = curve.aligned
+    i = aligned.steps.index(step)
+    name, off, on = NAMES[aligned.tag], aligned.off[i], aligned.on[i]
+    text = f"{name} {off:.7g} off, {on:.7g} on"
+    if math.isfinite(on):
+        size, limit = abs(on - off), curve.allowed[i]
+        text += f": {size:.2g} apart ({_percent(size, off)})"
+        text += f", {limit:.2g} allowed ({_percent(limit, off)})"
+    if i:
+        text += f"; no such difference up to step {aligned.steps[i - 1]}"
+    return text
+
+
+def _describe_agreement(curve: Judged, noise_known: bool) -> str:
+    aligned = curve.aligned
+    sizes = [abs(d) for d in aligned.differences]
+    judged = [i for i, limit in enumerate(curve.allowed) if not math.isnan(limit)]
+    i = max(judged, key=lambda i: sizes[i])
+    total, name = len(sizes), NAMES[aligned.tag]
+    text = f"{name}: exactly 0 apart at {len(judged)} steps"
+    if sizes[i]:
+        share = _percent(sizes[i], aligned.off[i])
+        text = (
+            f"{name}: at most {sizes[i]:.2g} apart ({share}, at step {aligned.steps[i]}) "
+            f"at {len(judged)} steps"
+        )
+    if noise_known:
+        noise = aligned.noise[judged[-1]]
+        text += f", where runs without a difference are up to {noise:.2g} apart"
+    if len(judged) < total:
+        text += (
+            f"; {total - len(judged)} of {total} steps are not judged, "
+            "their noise floor is too large or not known"
+        )
+    return text
+
+
+def _percent(size: float, of: float) -> str:
+    return f"{100 * size / abs(of):.2g} %" if of else "of 0"
+
+
+def notes(runs: Runs) -> list[str]:
+    """What a reader has to know about the runs, beyond the verdict."""
+    found = []
+    if not runs.pairs:
+        found.append(
+            "There is no noise floor: no run repeats another with its sums in another "
+            "order. The relative bounds judge alone; a harmless difference may exceed them."
+        )
+    elif not any(align(LOSS, runs).noise):
+        found.append(
+            "The noise floor of the loss is 0: the repeated run is the same to the last "
+            "digit. The relative bounds judge alone."
+        )
+    for run in runs.all:
+        found += [
+            f"{run.name} was restarted at step {step}; what it had logged from there on "
+            "does not count."
+            for step in run.restarts
+        ]
+        for tag, name in NAMES.items():
+            if digit := run.resolution.get(tag):
+                found.append(
+                    f"{run.name}: its {name} comes from a log, in steps of {digit:.0e}; "
+                    "that much more is allowed."
+                )
+            curve = run.curves.get(tag, {})
+            if bad := [s for s in sorted(curve) if not math.isfinite(curve[s])]:
+                found.append(f"{run.name}: its {name} is not finite at {_listed(bad)}.")
+        found += _step_notes(runs.off, run)
+    for tag, name in {"lr": "learning rate", "n_tokens_seen": "token count"}.items():
+        sizes = spread(tag, runs.off, runs.on)
+        if unequal := [step for step, size in sizes.items() if size]:
+            found.append(f"The {name} of off and on differs at {_listed(unequal)}.")
+    for one, other in ((runs.off, runs.on), (runs.on, runs.off)):
+        for tag in sorted(one.curves.keys() - other.curves.keys()):
+            if tag.startswith(TERM_PREFIX):
+                found.append(f"Only {one.name} has a curve {tag}.")
+    return found
+
+
+def _step_notes(off: Run, run: Run) -> list[str]:
+    ours, its = off.curves.get(LOSS), run.curves.get(LOSS)
+    if not ours or not its:
+        return []
+    found = []
+    for word, end in (("begins", min), ("ends", max)):
+        if end(ours) != end(its):
+            found.append(
+                f"{off.name} {word} at step {end(ours)}, {run.name} at step {end(its)}; "
+                "only common steps are compared."
+            )
+    low, high = max(min(ours), min(its)), min(max(ours), max(its))
+    for name, more, fewer in ((run.name, ours, its), (off.name, its, ours)):
+        if gaps := [s for s in sorted(more.keys() - fewer.keys()) if low <= s <= high]:
+            found.append(f"{name} lacks {_listed(gaps)}.")
+    return found
+
+
+def _listed(steps: Sequence[int]) -> str:
+    more = f" and {len(steps) - 5} more" if len(steps) > 5 else ""
+    plural = "s" if len(steps) > 1 else ""
+    return f"step{plural} {', '.join(map(str, steps[:5]))}{more}"

@@ -66,9 +66,9 @@ Trains CONFIG through run_train.sh (NGPU and its other variables count here too)
   off_again  without it, each step's sequences split into more micro-batches: the same
              tokens in the same order, but other shapes of matrix products and another
              order of the sums. That must not matter, so what it changes is the noise
-             floor. (Other numbers of threads, and mere repetition, changed not one bit,
-             on CPUs and on GPUs.) A micro-batch of one sequence cannot be split; then
-             other kernels are asked for by ATEN_CPU_CAPABILITY and
+             floor. (Mere repetition changed not one bit on a CPU and on a GPU, nor did
+             another number of threads on a CPU.) A micro-batch of one sequence cannot
+             be split; then other kernels are asked for, by ATEN_CPU_CAPABILITY and
              TORCH_BLAS_PREFER_CUBLASLT.
   on_again   on, split like that: only when the answer would be "different", because
              without it a run that spikes by chance is taken for a faulty one.
@@ -109,12 +109,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--svg", action="store_true", help="the picture as SVG too")
     add("--tensorboard", action="store_true", help="overlays for TensorBoard too")
     bounds = {
-        "--loss-bound": (Rule.loss_bound, "relative difference of the loss"),
-        "--grad-norm-bound": (Rule.grad_norm_bound, "and of the gradient norm"),
+        "--loss-bound": (Rule.loss_bound, "share of the loss"),
+        "--grad-norm-bound": (Rule.grad_norm_bound, "share of the gradient norm"),
         "--noise-factor": (Rule.noise_factor, "multiple of the noise floor"),
     }
     for option, (default, what) in bounds.items():
-        text = f"{what} that is always allowed (%(default)g)"
+        text = f"{what} by which off and on may differ (default: %(default)g)"
         add(option, type=float, default=default, metavar="X", help=text)
 
     raw = argparse.RawDescriptionHelpFormatter
@@ -129,7 +129,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help="train off and on, then compare",
     )
     run.add_argument("config", type=Path, metavar="CONFIG", help="a TOML file")
-    run.add_argument("--steps", type=int, help="training.steps")
+    run.add_argument("--steps", type=int, help="training.steps (default: as in CONFIG)")
     read = commands.add_parser(
         "read",
         parents=[common],
@@ -169,7 +169,7 @@ def read_all(args: argparse.Namespace, rule: Rule) -> Report:
     runs = group([read_run(path, name) for path, name in pairs])
     proof = not args.curves_only
     verdict = judge(runs, rule, proof=proof)
-    title = "off and on"
+    title = "off and on" if args.curves_only else "fused loss off and on"
     if names[:2] != ["off", "on"]:
         title = f"off: {runs.off.name}, on: {runs.on.name}"
     return Report(title, runs, verdict, rule, missing_proof(runs) if proof else None)
@@ -223,7 +223,10 @@ def reorder(log: LogFacts) -> Reordering:
 def train_all(args: argparse.Namespace, rule: Rule) -> Report:
     """Train off, on and again, and compare."""
     details: dict[str, dict[str, str]] = {}
-    notes = []
+    notes = [
+        "Deterministic algorithms and a line of log for each step cost speed; "
+        "scripts/bench_train.py measures it without them."
+    ]
     with Progress(num_runs=3) as progress:
         trainer = Trainer(args, progress, details)
         off = trainer.train("off", [OFF])
@@ -233,7 +236,10 @@ def train_all(args: argparse.Namespace, rule: Rule) -> Report:
         if off.curves:
             again = trainer.train("off_again", [OFF, *other.overrides], other.env)
             runs = replace(runs, off_again=(again,))
-            notes.append(f"off_again is off {other.label}.")
+            notes.append(
+                f"off_again is off {other.label}: the same tokens in the same order, the "
+                "sums in another."
+            )
         verdict = judge(runs, rule, same_start=True)
         if verdict.answer == "different" and not any(run.crash for run in runs.all):
             progress.add_run()

@@ -29,8 +29,10 @@ NAMES = {LOSS: "loss", GRAD_NORM: "gradient norm"}
 """The curves that are judged. Adam hides a gradient of the wrong size from the loss."""
 
 MIN_STEPS = 5
+ENOUGH_STEPS = 20
+"""Steps with little noise after which a loss that agrees has been tried enough."""
 MAX_NOISE = {LOSS: 0.1, GRAD_NORM: 0.5}
-"""A noise floor that would allow more than this share of a value judges nothing."""
+"""A step where the noise alone would allow more than this share tells nothing."""
 MOST_NOISE_OF_ON = 10.0
 """How many times further apart than two runs of "off" two runs of "on" may be."""
 FUSED_IMPLS = ("liger", "chunked")
@@ -66,12 +68,10 @@ class Judged:
     aligned: Aligned
     allowed: tuple[float, ...]
     """NaN at a step that is not judged."""
+    telling: tuple[bool, ...]
+    """Whether there is so little noise that to agree means something."""
     first_excess: int | None
     """The first step with a larger difference."""
-
-    @property
-    def num_steps(self) -> int:
-        return sum(1 for limit in self.allowed if not math.isnan(limit))
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,16 @@ def judge_curve(aligned: Aligned, runs: Runs, rule: Rule, end: float) -> Judged:
     both = (runs.off, runs.on)
     # Two roundings, half a digit each; a hair more for the subtraction itself.
     rounding = max(run.resolution.get(tag, 0.0) for run in both) * (1 + 1e-6)
-    allowed, first_excess = [], None
+    allowed, telling, first_excess = [], [], None
     differences = aligned.differences
     for i, step in enumerate(aligned.steps):
         off, noise = abs(aligned.off[i]), aligned.noise[i]
-        limit = rule.bound(tag) * off
-        if runs.pairs:
-            within_noise = rule.noise_factor * noise
-            limit = max(limit, within_noise)
-            if not within_noise <= MAX_NOISE[tag] * off:
-                limit = math.nan
+        within_noise = rule.noise_factor * noise if runs.pairs else 0.0
+        telling.append(step < end and within_noise <= MAX_NOISE[tag] * off)
+        limit = max(rule.bound(tag) * off, within_noise)
+        # Where two runs have drifted apart, their gradients spike at different steps.
+        if not telling[-1] and (tag == GRAD_NORM or not within_noise < math.inf):
+            limit = math.nan
         if step >= end:
             limit = math.nan
         allowed.append(limit + rounding)
@@ -119,7 +119,7 @@ def judge_curve(aligned: Aligned, runs: Runs, rule: Rule, end: float) -> Judged:
             excess = size > allowed[-1]
         if excess and first_excess is None:
             first_excess = step
-    return Judged(aligned, tuple(allowed), first_excess)
+    return Judged(aligned, tuple(allowed), tuple(telling), first_excess)
 
 
 def judge(
@@ -259,23 +259,19 @@ def unrepeatable(runs: Runs, rule: Rule) -> list[str]:
 
 
 def _too_little(curve: Judged) -> list[str]:
-    name, total, num = NAMES[curve.aligned.tag], len(curve.allowed), curve.num_steps
+    name, total, num = NAMES[curve.aligned.tag], len(curve.telling), sum(curve.telling)
     if total < MIN_STEPS:
         return [f"only {total} common steps with a {name}; {MIN_STEPS} are needed"]
     needed = MIN_STEPS
     if curve.aligned.tag == LOSS:
-        needed = max(MIN_STEPS, -(-total // 2))
+        needed = max(MIN_STEPS, min(ENOUGH_STEPS, -(-total // 2)))
     if num >= needed:
         return []
-    unjudged = (
-        step
-        for step, limit in zip(curve.aligned.steps, curve.allowed, strict=True)
-        if math.isnan(limit)
-    )
+    first = curve.aligned.steps[curve.telling.index(False)]
     return [
-        f"the {name} can be judged at {num} of {total} steps only, {needed} are needed: "
-        f"from step {next(unjudged)} on, the noise floor is too large or not known. "
-        "Fewer steps, or a smaller learning rate, leave less noise"
+        f"the {name} tells something at {num} of {total} steps only, {needed} are needed: "
+        f"from step {first} on, the noise floor is too large or not known. A smaller "
+        "learning rate, or a longer warmup, leaves less noise"
     ]
 
 
@@ -309,10 +305,10 @@ def _describe_agreement(curve: Judged, noise_known: bool) -> str:
     if noise_known:
         noise = aligned.noise[judged[-1]]
         text += f", where runs without a difference are up to {noise:.2g} apart"
-    if len(judged) < total:
+    if num_weak := curve.telling.count(False):
         text += (
-            f"; {total - len(judged)} of {total} steps are not judged, "
-            "their noise floor is too large or not known"
+            f"; at {num_weak} of {total} steps the noise floor is too large, or not "
+            "known, to tell much"
         )
     return text
 

@@ -24,6 +24,7 @@ from torchtitan_liger.loss_curves import (
     align,
 )
 from torchtitan_liger.loss_curves_judge import (
+    ENOUGH_STEPS,
     MAX_NOISE,
     MIN_STEPS,
     NAMES,
@@ -138,7 +139,9 @@ def markdown(report: Report) -> str:
         parts += ["## Notes", _bullets(found)]
     for name, details in report.details.items():
         parts += [f"## The run {name}"]
-        parts += [f"{key}:\n\n```\n{value}\n```" for key, value in details.items()]
+        for key, value in details.items():
+            fenced = f"{key}:\n\n```\n{value}\n```"
+            parts.append(fenced if " " in value else f"{key}: {value}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -210,12 +213,14 @@ def rule_text(rule: Rule, runs: Runs) -> str:
         f"and up to {LOOKAHEAD} steps on, between runs that differ in the order of their "
         f"sums alone ({noise or 'there are none here'}),\n\n"
         "and by the last printed digit where a curve comes from a log. A step where the "
-        f"noise alone would allow more than {MAX_NOISE[LOSS]:.0%} of the loss, or "
-        f"{MAX_NOISE[GRAD_NORM]:.0%} of the gradient norm, is not judged.\n\n"
-        "- `different`: at a judged step they differ by more, or on alone is NaN or "
-        "infinite. The first such step is named.\n"
-        f"- `same`: there is no such step; at least {MIN_STEPS} steps were judged, and "
-        "for the loss at least half of them; off is proven off, and on proven on.\n"
+        f"noise alone would allow more than {MAX_NOISE[LOSS]:.0%} of the loss tells "
+        f"little about it; one where it would allow more than {MAX_NOISE[GRAD_NORM]:.0%} "
+        "of the gradient norm does not judge that.\n\n"
+        "- `different`: at a step they differ by more, or on alone is NaN or infinite. The "
+        "first such step is named.\n"
+        f"- `same`: there is no such step; for the loss, {ENOUGH_STEPS} steps or half of "
+        f"them told something, and for the gradient norm {MIN_STEPS}; off is proven off, "
+        "and on proven on.\n"
         "- `cannot tell`: anything else, such as a crash of any run."
     )
 
@@ -246,7 +251,8 @@ def to_json(report: Report) -> str:
             for run, role in roles(runs)
         ],
         "curves": {
-            tag: {**asdict(curve.aligned), "allowed": curve.allowed}
+            tag: asdict(curve.aligned)
+            | {"allowed": curve.allowed, "telling": curve.telling}
             for tag, curve in verdict.curves.items()
         },
     }
@@ -305,18 +311,13 @@ def draw(report: Report, *paths: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 9.5), layout="constrained")
-    proven = "" if report.missing_proof is None else " with the fused loss off and on"
-    headline = {
-        "same": f"The same training{proven}",
-        "different": f"Different training from step {report.verdict.step} on",
-        "cannot tell": "Cannot tell whether it is the same training",
-    }[report.verdict.answer]
-    figure.suptitle(f"{headline}\n{report.title}", fontsize=14)
+    figure.suptitle(f"{_headline(report)}\n{report.title}", fontsize=14)
     figure.supxlabel(
         "Noise floor: how far apart runs come that differ only in the order of their sums. "
         f"Allowed: {report.rule.noise_factor:g} times that,\nor {report.rule.loss_bound:g} "
         f"of the loss and {report.rule.grad_norm_bound:g} of the gradient norm where that "
-        "is more. Memory and speed are not judged.",
+        "is more. Shaded: so noisy that to agree tells little. Memory and speed are not "
+        "judged.",
         fontsize="small",
     )
     panels = figure.subplots(3, 2, height_ratios=(3, 2.6, 1))
@@ -332,6 +333,18 @@ def draw(report: Report, *paths: Path) -> None:
         _draw_bars(panel, rows.get(tag))
     for path in paths:
         figure.savefig(path, dpi=150)
+
+
+def _headline(report: Report) -> str:
+    verdict = report.verdict
+    if verdict.answer == "different":
+        return f"Different training from step {verdict.step} on"
+    if verdict.answer == "cannot tell":
+        return "Cannot tell whether it is the same training"
+    loss = verdict.curves[LOSS]
+    weak = [s for s, t in zip(loss.aligned.steps, loss.telling, strict=True) if not t]
+    since = f"\n(from step {weak[0]} on, too noisy to tell much)" if weak else ""
+    return f"The same training{since}"
 
 
 def _draw_curves(panel: Any, runs: Runs, tag: str, name: str) -> None:
@@ -362,10 +375,11 @@ def _draw_differences(panel: Any, report: Report, tag: str, name: str) -> None:
         panel.fill_between(steps, noise, label="noise floor", **_NOISE)
     panel.plot(steps, allowed, "--", color="black", label="allowed")
     panel.plot(steps, sizes, marker="o", markersize=2.5, label="on against off", **_ON)
-    if any(unjudged := [math.isnan(limit) for limit in allowed]):
+    if not all(curve.telling):
         across = panel.get_xaxis_transform()
-        style = {"color": "#f0f0f0", "zorder": 0, "label": "not judged"}
-        panel.fill_between(steps, 0, 1, where=unjudged, transform=across, **style)
+        style = {"color": "#f0f0f0", "zorder": 0, "label": "tells little"}
+        weak = [not telling for telling in curve.telling]
+        panel.fill_between(steps, 0, 1, where=weak, transform=across, **style)
     panel.legend(fontsize="x-small", loc="upper center", ncols=4, columnspacing=1)
     panel.grid(alpha=0.3)
 

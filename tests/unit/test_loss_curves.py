@@ -195,6 +195,13 @@ def test_a_restarted_log_counts_from_where_it_was_taken_up():
     assert run.log.expected_calls == run.log.fused_calls == 4
 
 
+def test_a_log_may_repeat_its_last_step_alone():
+    killed = titan_log([5.0, 4.0], steps=3, end=())
+    run = parse_log(killed + titan_log([3.5, 3.0], first_step=2))
+    assert run.curves[LOSS] == {1: 5.0, 2: 3.5, 3: 3.0}
+    assert run.restarts == (2,)
+
+
 def test_a_crash_is_named_by_its_cause():
     traceback = (
         "Traceback (most recent call last):",

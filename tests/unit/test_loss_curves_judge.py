@@ -109,6 +109,13 @@ def test_a_fault_is_found_at_its_first_step(first, change):
     assert reason.startswith({GRAD_NORM: "gradient norm", LOSS: "loss"}[tag])
 
 
+def test_of_two_curves_the_earlier_difference_counts():
+    on = changed((LOSS, 5, 1.01), (GRAD_NORM, 3, 1.01))
+    verdict = judge(Runs(OFF, on, (AGAIN,)), RULE)
+    assert str(verdict) == "different at step 3"
+    assert [reason.split(" 2")[0] for reason in verdict.reasons] == ["gradient norm"]
+
+
 def test_a_fault_before_the_noise_grows_is_still_found():
     loud = make_run("off_again", changes=[(LOSS, 9, 1.05), (GRAD_NORM, 9, 2.0)])
     on = changed((GRAD_NORM, 3, 1.01))
@@ -221,15 +228,38 @@ def test_not_finite_in_on_where_the_noise_is_not_known():
 def test_noise_that_would_allow_anything():
     loud = make_run("off_again", changes=[(LOSS, 8, 1.03)])
     reason = cannot_tell(Runs(OFF, changed((LOSS, 9, 1.02)), (loud,)))
-    assert "the loss can be judged at 5 of 20 steps only, 10 are needed" in reason
+    assert "the loss tells something at 5 of 20 steps only, 10 are needed" in reason
     assert "from step 6 on" in reason
 
 
-def test_a_noisy_gradient_norm_needs_few_steps_only():
+def test_in_a_long_run_twenty_quiet_steps_are_enough():
+    off, on = make_run("off", steps=300), changed((LOSS, 24, 1.1), steps=300)
+    for first, answer in ((23, "same"), (22, "cannot tell")):
+        loud = make_run("off_again", changes=[(LOSS, first, 1.03)], steps=300)
+        verdict = judge(Runs(off, on, (loud,)), RULE)
+        assert verdict.answer == answer
+    assert (
+        "at 280 of 300 steps the noise floor is too large"
+        in (
+            judge(
+                Runs(off, on, (make_run("x", changes=[(LOSS, 23, 1.03)], steps=300),)),
+                RULE,
+            ).reasons[0]
+        )
+    )
+
+
+def test_more_than_the_largest_noise_is_different():
+    loud = make_run("off_again", changes=[(LOSS, 13, 1.03)])
+    on = changed((LOSS, 15, 1.2))
+    assert str(judge(Runs(OFF, on, (loud,)), RULE)) == "different at step 15"
+
+
+def test_a_noisy_gradient_norm_needs_few_steps_only_and_may_spike():
     loud = make_run("off_again", changes=[(GRAD_NORM, 8, 3.0)])
-    verdict = judge(Runs(OFF, ON, (loud,)), RULE)
+    verdict = judge(Runs(OFF, changed((GRAD_NORM, 15, 90.0)), (loud,)), RULE)
     assert verdict.answer == "same"
-    assert "15 of 20 steps are not judged" in verdict.reasons[1]
+    assert "at 15 of 20 steps the noise floor is too large" in verdict.reasons[1]
 
 
 def test_a_curve_that_is_missing():
@@ -244,6 +274,10 @@ def test_repetitions_that_begin_differently_are_no_noise_floor():
     reason = cannot_tell(runs, same_start=True)
     assert "off and off_again, which differ in nothing that matters, begin" in reason
     assert unlike_start(OFF, AGAIN, RULE) == ""
+    # With data that may be other data, a difference means nothing either.
+    far = changed((LOSS, 1, 1.5))
+    assert judge(Runs(OFF, far, (other_data,)), RULE).answer == "different"
+    cannot_tell(Runs(OFF, far, (other_data,)), same_start=True)
 
 
 # --- proof ---------------------------------------------------------------------------

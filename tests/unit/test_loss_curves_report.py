@@ -68,11 +68,11 @@ def test_the_table_has_the_end_the_largest_and_the_mean_difference():
 
 def test_speed_is_a_median_without_the_first_steps_and_memory_a_peak():
     curves = {
-        TOKENS_PER_SECOND: constant([1.0, 1.0, *[100.0] * 9, 900.0]),
+        TOKENS_PER_SECOND: constant([1.0, 1.0, 100.0, 200.0, 300.0, 400.0]),
         PEAK_MEMORY_GIB: constant([1.0, 3.0, 2.0]),
     }
     speed, memory = table(Runs(Run("off", curves), Run("on", curves)))
-    assert (speed.off, memory.off) == (100.0, 3.0)
+    assert (speed.off, memory.off) == (200.0, 3.0)
 
 
 def test_terms_and_validation_have_rows_of_their_own():
@@ -185,7 +185,7 @@ def line(panel, label):
 
 def test_the_picture_shows_curves_and_their_difference(monkeypatch):
     figure = drawn(make_report(), monkeypatch)
-    assert "The same training with the fused loss off and on" in figure.get_suptitle()
+    assert figure.get_suptitle() == "The same training\na job"
     loss, _, difference, _, speed, memory = figure.axes
     assert list(line(loss, "off").get_ydata()) == [5.0, 4.5, 4.25, 4.0, 3.5, 3.0]
     assert line(loss, "on").get_ydata()[-1] == 3.0001
@@ -207,11 +207,17 @@ def test_the_picture_marks_the_first_difference(monkeypatch):
         assert list(panel.get_lines()[-1].get_xdata()) == [3, 3]
 
 
-def test_the_picture_marks_steps_that_are_not_judged(monkeypatch):
-    again = parse_log(titan_log([5.0, 4.5, 4.25, 4.0, 3.5, 4.0]), "off_again")
-    figure = drawn(make_report(again=(again,)), monkeypatch)
+def test_the_picture_marks_steps_that_tell_little(monkeypatch):
+    off = parse_log(titan_log([5.0] * 8), "off")
+    again = parse_log(titan_log([5.0] * 7 + [6.0]), "off_again")
+    on = parse_log(titan_log([5.0] * 8, calls=8, impl="liger"), "on")
+    runs = Runs(off, on, (again,))
+    verdict = judge(runs, Rule())
+    assert verdict.answer == "same"
+    figure = drawn(Report("a job", runs, verdict, Rule()), monkeypatch)
+    assert "(from step 6 on, too noisy to tell much)" in figure.get_suptitle()
     labels = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
-    assert "not judged" in labels
+    assert "tells little" in labels
 
 
 def test_off_and_on_are_told_apart_in_grey():

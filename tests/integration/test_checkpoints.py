@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import FLAG, ROOT, python_env, run_command
+from tests.helpers import FLAG, run_training
 from torchtitan_liger.loss_curves import GRAD_NORM, LOSS, read_tensorboard
 
 pytestmark = pytest.mark.slow
@@ -31,14 +31,13 @@ TP = "--parallelism.tensor_parallel_degree=2"
 
 
 def train(folder: Path, steps: int, *args: str, ngpu: int = 1, tb: str = "tb") -> str:
-    run = run_command(
-        ROOT / "run_train.sh",
+    run = run_training(
         *SMALL,
         f"--job.dump_folder={folder}",
         f"--metrics.save_tb_folder={tb}",
         f"--training.steps={steps}",
         *args,
-        env=python_env(NGPU=str(ngpu)),
+        ngpu=ngpu,
     )
     assert run.returncode == 0, run.stdout[-4000:]
     return run.stdout

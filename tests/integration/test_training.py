@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import FLAG, ROOT, python_env, run_command
+from tests.helpers import FLAG, ROOT, python_env, run_command, run_training
 from torchtitan_liger.loss_curves import GRAD_NORM, LOSS, read_tensorboard
 
 pytestmark = pytest.mark.slow
@@ -33,8 +33,7 @@ def train(
     """Run `run_train.sh` in a folder of its own; its log and its curves."""
     folder = tmp / name
     folder.mkdir()
-    env = python_env(NGPU=str(ngpu))
-    run = run_command(ROOT / "run_train.sh", *SMALL, *args, cwd=folder, env=env)
+    run = run_training(*SMALL, *args, ngpu=ngpu, cwd=folder)
     assert run.returncode == 0, run.stdout[-4000:]
     return run.stdout, read_tensorboard(folder)
 

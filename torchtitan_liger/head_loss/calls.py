@@ -19,9 +19,10 @@ class Call(NamedTuple):
     hidden_TD: torch.Tensor
     weight_vD: torch.Tensor
     labels_T: torch.Tensor  # int64, each a word or the ignored index
-    scale: torch.Tensor  # [] 1 / normalizer; NaN if a label was no word
+    # [] 1 / normalizer, in the dtype of everything between logits and loss; NaN if a
+    # label was no word
+    scale: torch.Tensor
     products_dtype: torch.dtype  # of hidden @ weight.T
-    math_dtype: torch.dtype  # of everything between logits and loss
 
 
 def prepare(
@@ -56,7 +57,6 @@ def prepare(
         labels_T=labels_T.masked_fill(unusable_T, ignore_index),
         scale=scale.masked_fill(unusable_T.any(), torch.nan),
         products_dtype=dtype,
-        math_dtype=math_dtype,
     )
 
 

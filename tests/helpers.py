@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 
-from torchtitan_liger.head_loss import HeadLossOptions
+from torchtitan_liger.head_loss import (
+    HeadLoss,
+    HeadLossOptions,
+    VocabShard,
+    vocab_parallel,
+)
 from torchtitan_liger.head_loss.reference import reference_head_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +113,83 @@ def full_logits(options: HeadLossOptions) -> Callable[..., torch.Tensor]:
     return loss_of
 
 
+class ThreadGroup:
+    """Ranks that are threads of this process, for code that exchanges tensors."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._barrier = threading.Barrier(size, timeout=20)
+        self._slots: list[torch.Tensor | None] = [None] * size
+
+    def exchange(self, rank: int, x: torch.Tensor) -> list[torch.Tensor]:
+        self._slots[rank] = x.clone()
+        self._barrier.wait()
+        everyone = [slot for slot in self._slots if slot is not None]
+        self._barrier.wait()
+        return everyone
+
+    def run(self, task: Callable[[int], Any]) -> list[Any]:
+        """`task(rank)` on all ranks at once; one that fails ends the waiting of others."""
+
+        def guarded(rank: int) -> Any:
+            try:
+                return task(rank)
+            except BaseException:
+                self._barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(guarded, range(self.size)))
+
+
+def run_on_shards(
+    monkeypatch: pytest.MonkeyPatch,
+    head: HeadLoss,
+    problem: Problem,
+    columns: list[int],
+    **call: Any,
+) -> Result:
+    """As `problem.run`, with the vocabulary on ranks that have so many columns each."""
+    group = ThreadGroup(len(columns))
+    ranks = threading.local()
+
+    def all_gather(
+        out: list[torch.Tensor], x: torch.Tensor, **_: Any
+    ) -> SimpleNamespace:
+        for to, part in zip(out, group.exchange(ranks.rank, x), strict=True):
+            to.copy_(part)
+        return SimpleNamespace(wait=lambda: None)
+
+    def all_reduce(x: torch.Tensor, **_: Any) -> None:
+        x.copy_(torch.stack(group.exchange(ranks.rank, x)).sum(dim=0))
+
+    fake = SimpleNamespace(
+        all_gather=all_gather,
+        all_reduce=all_reduce,
+        get_world_size=lambda _: group.size,
+    )
+    monkeypatch.setattr(vocab_parallel, "dist", fake)
+    starts = [sum(columns[:rank]) for rank in range(len(columns))]
+
+    def task(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ranks.rank = rank
+        mine = slice(starts[rank], starts[rank] + columns[rank])
+        shard = VocabShard(starts[rank], problem.V, max(columns), group)
+        hidden = problem.hidden.clone().requires_grad_()
+        weight = problem.weight[mine].clone().requires_grad_()
+        teacher = call.get("teacher")
+        here = dict(call)
+        if teacher is not None:
+            here["teacher"] = replace(teacher, logits=teacher.logits[..., mine])
+        out = head(hidden, weight, problem.labels, shard=shard, **here)
+        grads = torch.autograd.grad(out.loss, [hidden, weight])
+        return out.loss.detach(), *grads
+
+    losses, d_hidden, d_weight = zip(*group.run(task), strict=True)
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+    return Result(losses[0], sum(d_hidden), torch.cat(d_weight))
+
+
 def python_env(**changes: str | None) -> dict[str, str]:
     """This environment for a process that trains: without the test suite's settings."""
     env = dict(os.environ)
@@ -127,7 +214,7 @@ def run_command(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=200,
     )
 
 

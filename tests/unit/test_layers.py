@@ -18,10 +18,15 @@ LAYERS = (
     {"loss_curves_judge"},
     {"loss_curves_report"},
     {"head_loss.options", "head_loss.chunking", "head_loss.calls"},
-    {"head_loss.terms", "head_loss.sweeps", "head_loss.reference"},
-    {"head_loss.vocab_parallel"},
+    {"head_loss.statistics", "head_loss.reference", "head_loss.triton_kernels"},
+    {"head_loss.terms", "head_loss.sweeps", "head_loss.vocab_parallel"},
+    {"head_loss.policy_terms", "head_loss.distillation", "head_loss.triton_sweeps"},
+    {"head_loss.evaluate"},
+    {"head_loss.passes"},
     {"head_loss.chunked"},
+    {"head_loss.opaque"},
     {"head_loss.engine"},
+    {"head_loss.functional"},
     {"head_loss"},
     {"liger_api", ""},
     {"lm_head", "config_validator", "data"},
@@ -43,7 +48,7 @@ OUTSIDE = {
         "trainer",
         "train",
     },
-    "triton": set(),
+    "triton": {"head_loss.triton_kernels"},
 }
 
 

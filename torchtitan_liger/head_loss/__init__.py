@@ -1,36 +1,50 @@
 """The engine: losses of an LM head without its logits. Needs torch alone."""
 
-from torchtitan_liger.head_loss.engine import (
-    HeadLoss,
-    HeadLossOutput,
-    linear_cross_entropy,
-)
+from torchtitan_liger.head_loss.distillation import Distillation, Teacher
+from torchtitan_liger.head_loss.engine import HeadLoss, HeadLossOutput
+from torchtitan_liger.head_loss.functional import linear_cross_entropy
 from torchtitan_liger.head_loss.options import HeadLossOptions
+from torchtitan_liger.head_loss.policy_terms import (
+    PolicyGradient,
+    Preference,
+    ReferenceKL,
+    SequencePolicyGradient,
+)
+from torchtitan_liger.head_loss.statistics import Statistics
 from torchtitan_liger.head_loss.terms import (
+    Collision,
     CrossEntropy,
     EntropyBonus,
     Focal,
-    PolicyGradient,
-    ReferenceKL,
     SelfWeighted,
-    Statistics,
+    Sequences,
+    SequenceTerm,
     Term,
+    Unlikelihood,
     ZLoss,
 )
 from torchtitan_liger.head_loss.vocab_parallel import VocabShard
 
 __all__ = [
+    "Collision",
     "CrossEntropy",
+    "Distillation",
     "EntropyBonus",
     "Focal",
     "HeadLoss",
     "HeadLossOptions",
     "HeadLossOutput",
     "PolicyGradient",
+    "Preference",
     "ReferenceKL",
     "SelfWeighted",
+    "SequencePolicyGradient",
+    "SequenceTerm",
+    "Sequences",
     "Statistics",
+    "Teacher",
     "Term",
+    "Unlikelihood",
     "VocabShard",
     "ZLoss",
     "linear_cross_entropy",

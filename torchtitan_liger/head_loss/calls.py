@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ def prepare(
             the labels do not fit; the message holds what was got.
     """
     _check_tensors(hidden, weight, labels)
-    if check_labels:
+    if check_labels and not torch.compiler.is_compiling():
         check_label_range(labels, vocab_size, ignore_index)
     dtype = products_dtype(hidden, weight)
     math_dtype = torch.promote_types(dtype, torch.float32)
@@ -61,20 +61,62 @@ def prepare(
 
 
 def per_token(
-    inputs: Mapping[str, torch.Tensor], labels: torch.Tensor
+    inputs: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
+    *,
+    with_extra_dim: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
-    """The same tensors, flat.
+    """The same tensors with tokens in one dim.
 
     Raises:
-        ValueError: for one that has another shape, or is on another device, than `labels`.
+        ValueError: for one that has another shape than `labels` (but one more dim, for
+            those named so), or is on another device.
     """
+    flat = {}
     for name, tensor in inputs.items():
-        if tensor.shape != labels.shape or tensor.device != labels.device:
+        more = name in with_extra_dim
+        leading = tensor.shape[: labels.ndim] if more else tensor.shape
+        fits = leading == labels.shape and tensor.ndim == labels.ndim + more
+        if not fits or tensor.device != labels.device:
+            expected = (*labels.shape, "K") if more else tuple(labels.shape)
             raise ValueError(
-                f"{name} must be like labels, {tuple(labels.shape)} on {labels.device}, "
+                f"{name} must be like labels, {expected} on {labels.device}, "
                 f"got {tuple(tensor.shape)} on {tensor.device}"
             )
-    return {name: tensor.reshape(-1) for name, tensor in inputs.items()}
+        flat[name] = tensor.reshape(labels.numel(), *tensor.shape[labels.ndim :])
+    return flat
+
+
+def kept_rows(
+    call: Call, ignore_index: int, check_labels: bool, num_labeled: int | None
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The positions of the tokens with a label, None for all; and the call's scale.
+
+    Nothing waits for a GPU, unless `check_labels` already has.
+
+    Args:
+        num_labeled: how many there are, where the caller knows. The scale is NaN if that
+            is wrong.
+    """
+    valid_T, scale = call.labels_T != ignore_index, call.scale
+    num_tokens = valid_T.numel()
+    compiling = torch.compiler.is_compiling()
+    on_host = valid_T.device.type == "cpu" or check_labels
+    if num_labeled is None:
+        if compiling or not on_host:
+            return None, scale
+        num_labeled = int(valid_T.sum())
+    else:
+        scale = scale.masked_fill(valid_T.sum() != num_labeled, torch.nan)
+        if not 0 <= num_labeled <= num_tokens:
+            raise ValueError(
+                f"num_labeled must be in [0, {num_tokens}], got {num_labeled}"
+            )
+    if num_labeled == num_tokens:
+        return None, scale
+    # A stable sort keeps the order, and its result has a shape that is known here.
+    order_T = torch.argsort(valid_T.to(torch.uint8), descending=True, stable=True)
+    return order_T[:num_labeled], scale
 
 
 def products_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:

@@ -1,23 +1,35 @@
-"""The public face of the engine: `HeadLoss` and `linear_cross_entropy`."""
+"""The public face of the engine: `HeadLoss`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 
-from torchtitan_liger.head_loss.calls import Call, per_token, prepare
-from torchtitan_liger.head_loss.chunked import (
-    METRICS,
-    ChunkedCall,
-    ChunkedHeadLoss,
-    ChunkedTokenLosses,
+import torchtitan_liger.head_loss.opaque as opaque
+from torchtitan_liger.head_loss.calls import Call, kept_rows, per_token, prepare
+from torchtitan_liger.head_loss.chunked import ChunkedHeadLoss, ChunkedTokenLosses
+from torchtitan_liger.head_loss.chunking import (
+    ChunkPlan,
+    align_chunks,
+    budget_bytes,
+    make_plan,
+    plan_chunks,
 )
-from torchtitan_liger.head_loss.chunking import ChunkPlan, budget_bytes, plan_chunks
+from torchtitan_liger.head_loss.distillation import Teacher
+from torchtitan_liger.head_loss.evaluate import Metrics
 from torchtitan_liger.head_loss.options import HeadLossOptions
+from torchtitan_liger.head_loss.passes import HeadCall
 from torchtitan_liger.head_loss.reference import reference_head_loss
-from torchtitan_liger.head_loss.terms import Term, check_terms, terms_of
+from torchtitan_liger.head_loss.statistics import OF_TEACHER
+from torchtitan_liger.head_loss.terms import (
+    Sequences,
+    SequenceTerm,
+    Term,
+    check_terms,
+    terms_of,
+)
 from torchtitan_liger.head_loss.vocab_parallel import VocabShard
 
 EngineImpl = Literal["chunked", "reference"]
@@ -32,8 +44,9 @@ class HeadLossOutput(NamedTuple):
     """Each term before its weight, divided by the normalizer: loss = sum(weight * term).
     Empty with reduction "none"."""
     metrics: dict[str, torch.Tensor]
-    """What the softmax gives for nothing, divided by the normalizer: `accuracy`,
-    `max_prob`, and `entropy` if a term needs it. Only from impl "chunked"."""
+    """What the statistics give for nothing: `accuracy`, `max_prob`, `entropy` if a term
+    needs it, and what the terms report as `term/metric`; divided by the normalizer, but
+    for those that end in "/max" or "/min". Only from impl "chunked"."""
 
 
 class HeadLoss:
@@ -77,6 +90,12 @@ class HeadLoss:
                 raise ValueError('impl="reference" has the default terms only')
         self.terms = terms_of(self.options) if terms is None else tuple(terms)
         check_terms(self.terms)
+        self._metrics = Metrics(self.terms)
+        self._inputs = frozenset[str]().union(*(term.inputs for term in self.terms))
+        needs = frozenset[str]().union(*(term.needs for term in self.terms))
+        self._needs_teacher = bool(OF_TEACHER & needs)
+        self._sequence_terms = [t for t in self.terms if isinstance(t, SequenceTerm)]
+        self._handle = opaque.register(self.terms, self._metrics, self.options)
 
     def __call__(
         self,
@@ -88,7 +107,11 @@ class HeadLoss:
         token_weights: torch.Tensor | None = None,
         reduction: Literal["sum", "none"] = "sum",
         shard: VocabShard | None = None,
+        teacher: Teacher | None = None,
+        sequence_ids: torch.Tensor | None = None,
+        num_sequences: int | None = None,
         check_labels: bool = True,
+        num_labeled: int | None = None,
         **row_inputs: torch.Tensor,
     ) -> HeadLossOutput:
         """
@@ -105,27 +128,34 @@ class HeadLoss:
                 incoming gradient, at the price of computing the logits twice.
             shard: which columns `weight` holds, when the vocabulary is sharded. The
                 gradient of `hidden` is then this rank's share of a sum over the group.
+            teacher: the other model, for a distillation.
+            sequence_ids: [...] int64 in [0, num_sequences): which tokens belong together,
+                for terms over sequences. None: the last dim of `labels` is a sequence.
             check_labels: look for labels that are no words. This waits for the GPU, so
                 callers that have looked on the host turn it off; such a label then makes
                 the loss NaN.
-            row_inputs: [...] numbers for each token that a term asks for by name.
+            num_labeled: how many labels are not ignored, from a caller that knows. The
+                other tokens then cost neither time nor memory; without it they do on a
+                GPU with `check_labels=False`. A wrong number makes the loss NaN.
+            row_inputs: [...] numbers for each token that a term asks for by name;
+                `candidates` is [..., K].
 
         Raises:
-            ValueError: for shapes, dtypes, labels or a normalizer that do not fit.
+            ValueError: for shapes, dtypes, labels, inputs or a normalizer that do not
+                fit.
         """
-        options = self.options
+        if reduction not in ("sum", "none"):
+            raise ValueError(f'reduction must be "sum" or "none", got {reduction!r}')
+        num_columns = weight.shape[0]
         call = prepare(
             hidden,
             weight,
             labels,
             normalizer=normalizer,
-            vocab_size=weight.shape[0] if shard is None else shard.vocab_size,
-            ignore_index=options.ignore_index,
+            vocab_size=num_columns if shard is None else shard.vocab_size,
+            ignore_index=self.options.ignore_index,
             check_labels=check_labels,
         )
-        if reduction not in ("sum", "none"):
-            raise ValueError(f'reduction must be "sum" or "none", got {reduction!r}')
-        rows = per_token(row_inputs, labels)
         if token_weights is not None:
             if reduction == "none":
                 raise ValueError(
@@ -143,38 +173,144 @@ class HeadLoss:
                 )
             return self._reference(call, token_weights, labels.shape, reduction)
 
-        num_columns, dim = weight.shape
-        plan = self.plan(
-            call.labels_T.numel(),
-            dim,
-            num_columns if shard is None else shard.widest,
-            call.products_dtype,
-            hidden.device.type,
+        if reduction == "none" and self._sequence_terms:
+            raise ValueError(
+                'reduction="none" has no gradients for terms over sequences, whose '
+                "tokens depend on each other: give token_weights instead"
+            )
+        rows = self._rows(row_inputs, labels, call.scale.dtype)
+        sequences = self._sequences(labels, sequence_ids, num_sequences)
+        if (teacher is not None) != self._needs_teacher:
+            names = [t.name for t in self.terms if t.needs & OF_TEACHER]
+            raise ValueError(
+                f"the terms {', '.join(names)} need teacher=Teacher(...)"
+                if teacher is None
+                else "there is a teacher, but no term that learns from it"
+            )
+        if teacher is not None:
+            teacher = teacher.flat(labels.shape, num_columns)
+
+        kept_N, scale = kept_rows(
+            call, self.options.ignore_index, check_labels, num_labeled
         )
-        chunked = ChunkedCall(
+        labels_N, valid_N = call.labels_T, call.labels_T != self.options.ignore_index
+        if kept_N is not None:
+            labels_N, valid_N = labels_N[kept_N], valid_N[kept_N]
+            rows = {name: x[kept_N] for name, x in rows.items()}
+            if token_weights is not None:
+                token_weights = token_weights[kept_N]
+            if sequences is not None:
+                sequences = Sequences(sequences.ids_C[kept_N], sequences.num, valid_N)
+        # What an ignored row holds must not reach the others of its sequence.
+        rows = {name: _masked(x, valid_N) for name, x in rows.items()}
+        if sequences is not None:
+            sequences = sequences._replace(valid_C=valid_N)
+
+        plan, two_phase = self._schedule(
+            labels_N.numel(), weight, call.products_dtype, shard, sequences
+        )
+        head_call = HeadCall(
             terms=self.terms,
-            options=options,
-            labels_T=call.labels_T,
+            metrics=self._metrics,
+            options=self.options,
+            labels_N=labels_N,
             rows=rows,
-            scale=call.scale,
+            kept_N=kept_N,
+            teacher=teacher,
+            sequences=sequences,
+            two_phase=two_phase,
+            scale=scale,
             products_dtype=call.products_dtype,
             tokens_per_chunk=plan.tokens_per_chunk,
             shard=shard,
             with_grad=torch.is_grad_enabled(),
         )
         if reduction == "none":
-            losses_T = ChunkedTokenLosses.apply(call.hidden_TD, weight, chunked)
+            losses_N = ChunkedTokenLosses.apply(call.hidden_TD, weight, head_call)
+            losses_T = losses_N
+            if kept_N is not None:
+                zeros_T = losses_N.new_zeros(call.labels_T.shape)
+                losses_T = zeros_T.index_copy(0, kept_N, losses_N)
             return HeadLossOutput(losses_T.view(labels.shape), {}, {})
-        loss, by_term, metrics = ChunkedHeadLoss.apply(
-            call.hidden_TD, weight, token_weights, chunked
-        )
-        named = dict(zip(METRICS, (metrics * call.scale).unbind(), strict=True))
-        if not any("entropy" in term.needs for term in self.terms):
-            del named["entropy"]
+        if torch.compiler.is_compiling() and opaque.fits(head_call):
+            loss, by_term, metrics = opaque.apply(
+                call.hidden_TD, weight, token_weights, head_call, self._handle
+            )
+        else:
+            loss, by_term, metrics = ChunkedHeadLoss.apply(
+                call.hidden_TD, weight, token_weights, head_call
+            )
         names = [term.name for term in self.terms]
         return HeadLossOutput(
-            loss, dict(zip(names, by_term.unbind(), strict=True)), named
+            loss,
+            dict(zip(names, by_term.unbind(), strict=True)),
+            self._metrics.named(metrics, scale),
         )
+
+    def _rows(
+        self,
+        given: Mapping[str, torch.Tensor],
+        labels: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> dict[str, torch.Tensor]:
+        if missing := sorted(self._inputs - given.keys()):
+            raise ValueError(
+                f"the terms {', '.join(t.name for t in self.terms)} need the inputs "
+                f"{', '.join(sorted(self._inputs))}; {', '.join(missing)} is not given"
+            )
+        rows = per_token(given, labels, with_extra_dim=("candidates",))
+        return {
+            name: x.detach().to(dtype) if x.is_floating_point() else x.detach()
+            for name, x in rows.items()
+        }
+
+    def _sequences(
+        self,
+        labels: torch.Tensor,
+        sequence_ids: torch.Tensor | None,
+        num_sequences: int | None,
+    ) -> Sequences | None:
+        if not self._sequence_terms:
+            return None
+        if (sequence_ids is None) != (num_sequences is None):
+            raise ValueError("sequence_ids and num_sequences belong together")
+        if sequence_ids is not None and num_sequences is not None:
+            (ids_T,) = per_token({"sequence_ids": sequence_ids}, labels).values()
+            return Sequences(ids_T.long(), num_sequences, ids_T.bool())
+        length = labels.shape[-1] if labels.ndim else 1
+        count = labels.numel() // max(1, length)
+        ids_T = torch.arange(count, device=labels.device).repeat_interleave(
+            length, output_size=labels.numel()
+        )
+        return Sequences(ids_T, count, ids_T.bool(), tokens_each=length)
+
+    def _schedule(
+        self,
+        num_tokens: int,
+        weight: torch.Tensor,
+        dtype: torch.dtype,
+        shard: VocabShard | None,
+        sequences: Sequences | None,
+    ) -> tuple[ChunkPlan, bool]:
+        """The chunks, and whether all statistics come before any gradient."""
+        num_columns = weight.shape[0] if shard is None else shard.widest
+        plan = self.plan(
+            num_tokens,
+            weight.shape[1],
+            num_columns,
+            dtype,
+            weight.device.type,
+            sharded=shard is not None,
+        )
+        if sequences is None or plan.num_chunks <= 1:
+            return plan, False
+        groups = [term.sequences_per_group for term in self._sequence_terms]
+        if sequences.tokens_each is None or None in groups:
+            return plan, True
+        # One after the other, sequences may share a chunk, but not be cut.
+        unit = sequences.tokens_each * max(group or 1 for group in groups)
+        aligned = align_chunks(plan, num_tokens, unit)
+        return (plan, True) if aligned is None else (aligned, False)
 
     def _reference(
         self,
@@ -206,88 +342,37 @@ class HeadLoss:
         num_columns: int,
         dtype: torch.dtype,
         device_type: str,
+        *,
+        sharded: bool = False,
     ) -> ChunkPlan:
         """How a call with these sizes goes through its logits, and in which memory."""
         wide = torch.promote_types(dtype, torch.float32)
-        # Logits in a narrow dtype have a float32 copy beside them during the sweeps, and
-        # softcap and entropy take one more of the same size each.
-        needs_entropy = any("entropy" in term.needs for term in self.terms)
-        copies = 1 + bool(self.options.logit_softcap) + needs_entropy
-        num_bytes = wide.itemsize * copies
-        num_bytes += 0 if wide == dtype else dtype.itemsize
-        budget = budget_bytes(
-            self.options.logits_memory_mib, device_type, num_columns * num_bytes
-        )
-        if (
-            self.impl == "reference"
-        ):  # autograd keeps the softmax, and needs its gradient
-            num_bytes += 2 * wide.itemsize
-            budget = max(1, num_tokens) * num_columns * num_bytes
+        if self.impl == "reference":
+            # Beside them autograd keeps the softmax, and needs its gradient.
+            num_bytes = 3 * wide.itemsize + (0 if wide == dtype else dtype.itemsize)
+            return make_plan(
+                num_tokens, max(1, num_tokens), num_columns, dtype.itemsize, num_bytes
+            )
+        # The gradient takes the place of the logits. A teacher has its own; CPUs have no
+        # product of narrow numbers with a float32 sum, so there they are widened.
+        num_bytes = dtype.itemsize * (2 if self._needs_teacher else 1)
+        if device_type == "cpu" and wide != dtype:
+            num_bytes += wide.itemsize
+        num_bytes *= (
+            2 if sharded else 1
+        )  # a chunk's sums travel beside the next product
         return plan_chunks(
             num_tokens,
             num_columns,
             itemsize=dtype.itemsize,
             bytes_per_logit=num_bytes,
-            budget=budget,
+            budget=budget_bytes(
+                self.options.logits_memory_mib, device_type, num_columns * num_bytes
+            ),
         )
 
 
-def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: Literal["mean", "sum", "none"] = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    logit_softcap: float = 0.0,
-    temperature: float = 1.0,
-    token_weights: torch.Tensor | None = None,
-    impl: EngineImpl = "chunked",
-    acc_dtype: torch.dtype = torch.float32,
-    logits_memory_mib: int = 0,
-) -> torch.Tensor:
-    """Cross entropy of `hidden @ weight.T` against `labels`, without the logits.
-
-    Args:
-        hidden: [..., D] hidden states.
-        weight: [V, D] weight of the head.
-        labels: [...] integer labels in [0, V) or `ignore_index`.
-        reduction: "mean" divides by the number of tokens with a label (and is 0, where
-            torch's is NaN, if there is none); "none" gives one loss per token, and
-            computes the logits twice.
-        token_weights: [...] factor of each token's loss, with an exact gradient.
-        impl: "chunked", or "reference" for full logits.
-
-    The other settings are the fields of `HeadLossOptions`.
-
-    Returns:
-        [], or [...] with reduction "none"; float32 (float64 for float64 inputs).
-
-    Raises:
-        ValueError: for a value out of range, or for shapes, dtypes or labels that do not
-            fit; the message holds what was got.
-    """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(
-            f'reduction must be "mean", "sum" or "none", got {reduction!r}'
-        )
-    options = HeadLossOptions(
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        logit_softcap=logit_softcap,
-        temperature=temperature,
-        acc_dtype=acc_dtype,
-        logits_memory_mib=logits_memory_mib,
-    )
-    head_loss = HeadLoss(options=options, impl=impl)
-    return head_loss(
-        hidden,
-        weight,
-        labels,
-        normalizer=(labels != ignore_index).sum() if reduction == "mean" else 1,
-        token_weights=token_weights,
-        reduction="none" if reduction == "none" else "sum",
-    ).loss
+def _masked(x: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
+    if not x.is_floating_point():
+        return x
+    return torch.where(valid_N if x.ndim == 1 else valid_N[:, None], x, 0.0)

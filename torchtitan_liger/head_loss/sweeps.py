@@ -1,144 +1,263 @@
-"""The two passes over a chunk's logits, in plain torch, on any device.
+"""The passes over a chunk's logits in plain torch, on any device.
 
-Pass 1 turns logits into a few numbers per row; pass 2 turns the logits, in place, into
-the gradient of the loss by the logits. Both see only this rank's columns.
+`statistics_sweep` reads the logits and leaves a few sums per row; `gradient_sweep` turns
+them, in place, into the gradient of the loss by the logits. Both see only this rank's
+columns, and go through blocks of rows that fit into a processor's cache, so that a chain
+of elementwise operations costs one trip to memory.
 
-`C` tokens of a chunk, `v` this rank's columns of the vocabulary.
+`C` tokens of a chunk, `v` this rank's columns of the vocabulary, `K` candidates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+
+from torchtitan_liger.head_loss.statistics import Coefficients, Sums
 
 
 class Transform(NamedTuple):
     """From raw logits `u` to logits `z = softcap * tanh(u / softcap) / temperature`."""
 
-    softcap: float  # 0 for none
-    temperature: float
+    softcap: float = 0.0  # 0 for none
+    temperature: float = 1.0
 
 
-class Scratch(NamedTuple):
-    """Memory like that of the logits, where a sweep needs more than their own."""
+class TeacherLogits(NamedTuple):
+    """A second distribution over the same columns."""
 
-    capped_Cv: torch.Tensor | None  # for a softcap
-    entropy_Cv: torch.Tensor | None  # for the entropy
-
-    def rows(self, count: int) -> Scratch:
-        """The first `count` rows."""
-        return Scratch(*(None if x is None else x[:count] for x in self))
+    logits_Cv: torch.Tensor
+    transform: Transform
 
 
-class LocalStatistics(NamedTuple):
-    """What this rank's columns contribute, each [C]; sums are of exp(z_j - max)."""
-
-    max: torch.Tensor  # max_j z_j
-    sumexp: torch.Tensor  # sum_j exp(z_j - max)
-    label_logit: torch.Tensor  # z_y where this rank holds column y, else 0
-    logit_sum: torch.Tensor | None  # sum_j z_j
-    shifted_sum: torch.Tensor | None  # sum_j exp(z_j - max) (z_j - max)
-
-
-class SweptChunk(NamedTuple):
-    """What pass 1 leaves for pass 2."""
-
-    exp_Cv: torch.Tensor  # e_j = exp(z_j - max)
-    capped_Cv: torch.Tensor | None  # u / softcap, after tanh; None without softcap
-    shifted_Cv: torch.Tensor | None  # e_j (z_j - max); None without entropy
-
-
-class GradientCoefficients(NamedTuple):
-    """The gradient by the logit `z_j`, with e_j = exp(z_j - max):
-
-        exp * e_j + shifted * e_j (z_j - max) + constant + label * [j is y]
-
-    Each [C].
-    """
-
-    exp: torch.Tensor
-    label: torch.Tensor
-    constant: torch.Tensor | None
-    shifted: torch.Tensor | None
+# Elements of a block. 2 MiB of float32 lie in the cache of a CPU core; a GPU wants long
+# operations more than short trips.
+BLOCK_ELEMENTS = {"cpu": 2**19}
+BLOCK_ELEMENTS_GPU = 2**23
 
 
 def statistics_sweep(
     logits_Cv: torch.Tensor,
     column_C: torch.Tensor,
     transform: Transform,
-    scratch: Scratch,
+    sums: Sums,
     *,
-    need_logit_sum: bool,
-) -> tuple[LocalStatistics, SweptChunk]:
-    """Per-row statistics of the logits. Overwrites `logits_Cv` and `scratch`.
+    candidates_CK: torch.Tensor | None = None,
+    teacher: TeacherLogits | None = None,
+) -> None:
+    """Fill `sums`, whose dtype is that of the arithmetic, from the logits.
 
     Args:
-        logits_Cv: raw logits in float32 or float64.
+        logits_Cv: raw logits.
         column_C: the label's column in `logits_Cv`, or -1 where it is on another rank.
-        need_logit_sum: whether a term asks for the mean logit.
+        candidates_CK: likewise, for words other than the label.
     """
-    capped_Cv, shifted_Cv = scratch
-    if capped_Cv is not None:
-        torch.div(logits_Cv, transform.softcap, out=capped_Cv).tanh_()
-        factor = transform.softcap / transform.temperature
-        torch.mul(capped_Cv, factor, out=logits_Cv)
-    elif transform.temperature != 1:
-        logits_Cv.div_(transform.temperature)
-    if logits_Cv.shape[1] == 0:  # more ranks than columns
-        zero_C = logits_Cv.new_zeros(logits_Cv.shape[0])
-        local = LocalStatistics(
-            max=torch.full_like(zero_C, -torch.inf),
-            sumexp=zero_C,
-            label_logit=zero_C,
-            logit_sum=zero_C if need_logit_sum else None,
-            shifted_sum=None if shifted_Cv is None else zero_C,
-        )
-        return local, SweptChunk(logits_Cv, capped_Cv, shifted_Cv)
+    for rows in _blocks(logits_Cv):
+        part = {name: x[..., rows] for name, x in sums.items()}
+        if logits_Cv.shape[1] == 0:
+            for name, x in part.items():
+                x.fill_(-torch.inf if name in ("max", "teacher_max") else 0.0)
+            continue
+        z, _ = _transformed(logits_Cv[rows], transform, part["max"].dtype)
+        torch.amax(z, dim=1, out=part["max"])
+        part["label_logit"].copy_(_pick(z, column_C[rows, None])[:, 0])
+        if candidates_CK is not None:
+            part["candidate_logits"].copy_(_pick(z, candidates_CK[rows]).t())
+        if "logit_sum" in part:
+            torch.sum(z, dim=1, out=part["logit_sum"])
+        shifted = z.sub(_finite(part["max"])[:, None])
+        exp = shifted.exp()
+        torch.sum(exp, dim=1, out=part["sumexp"])
+        if "shifted_sum" in part:
+            torch.sum(_product(exp, shifted), dim=1, out=part["shifted_sum"])
+        if "square_sum" in part:
+            torch.sum(exp.square(), dim=1, out=part["square_sum"])
+        if teacher is not None:
+            v, _ = _transformed(teacher.logits_Cv[rows], teacher.transform, z.dtype)
+            torch.amax(v, dim=1, out=part["teacher_max"])
+            t_shifted = v.sub(_finite(part["teacher_max"])[:, None])
+            t_exp = t_shifted.exp()
+            torch.sum(t_exp, dim=1, out=part["teacher_sumexp"])
+            for name, weights, values in (
+                ("teacher_shifted_sum", t_exp, t_shifted),
+                ("student_by_teacher", t_exp, shifted),
+                ("teacher_by_student", exp, t_shifted),
+            ):
+                if name in part:
+                    torch.sum(_product(weights, values), dim=1, out=part[name])
 
-    picked_C = logits_Cv.gather(1, column_C.clamp(min=0)[:, None]).squeeze(1)
-    label_logit_C = torch.where(column_C >= 0, picked_C, 0.0)
-    logit_sum_C = logits_Cv.sum(dim=1) if need_logit_sum else None
-    max_C = logits_Cv.amax(dim=1)
-    logits_Cv.sub_(max_C[:, None])
-    if shifted_Cv is None:
-        exp_Cv, shifted_sum_C = logits_Cv.exp_(), None
-    else:
-        shifted_Cv.copy_(logits_Cv)
-        exp_Cv = logits_Cv.exp_()
-        # A padded column of -inf has no share: 0 * -inf would be NaN.
-        shifted_Cv.mul_(exp_Cv).nan_to_num_(nan=0.0, neginf=0.0)
-        shifted_sum_C = shifted_Cv.sum(dim=1)
-    local = LocalStatistics(
-        max_C, exp_Cv.sum(dim=1), label_logit_C, logit_sum_C, shifted_sum_C
-    )
-    return local, SweptChunk(exp_Cv, capped_Cv, shifted_Cv)
+
+def mixture_sweep(
+    logits_Cv: torch.Tensor,
+    transform: Transform,
+    teacher: TeacherLogits,
+    sums: Sums,
+    beta: float,
+) -> torch.Tensor:
+    """These columns' share of `Mixture`, packed as [2, C].
+
+    Args:
+        sums: over the columns of all ranks.
+    """
+    shares_2C = sums["max"].new_zeros(2, logits_Cv.shape[0])
+    if logits_Cv.shape[1] == 0:
+        return shares_2C
+    for rows in _blocks(logits_Cv):
+        log_p, log_q, log_m = _logs(logits_Cv, transform, teacher, sums, beta, rows)
+        torch.sum(_product(log_p.exp(), log_p - log_m), dim=1, out=shares_2C[0, rows])
+        torch.sum(_product(log_q.exp(), log_q - log_m), dim=1, out=shares_2C[1, rows])
+    return shares_2C
 
 
 def gradient_sweep(
-    swept: SweptChunk,
+    logits_Cv: torch.Tensor,
     column_C: torch.Tensor,
-    coefficients: GradientCoefficients,
     transform: Transform,
-) -> torch.Tensor:
-    """The gradient of the loss by the raw logits, [C, v].
+    coefficients: Coefficients,
+    *,
+    candidates_CK: torch.Tensor | None = None,
+    teacher: TeacherLogits | None = None,
+    jsd_beta: float = 0.5,
+) -> None:
+    """Turn raw logits into the gradient of the loss by them, in place.
 
-    Overwrites the exponentials. The label's share is added before any rounding to a
-    narrower dtype: for a confident token it nearly cancels the softmax's.
+    The label's share is added before any rounding to a narrower dtype: for a confident
+    token it nearly cancels the softmax's.
     """
-    exp_C, label_C, constant_C, shifted_C = coefficients
-    grad_Cv = swept.exp_Cv.mul_(exp_C[:, None])
-    if grad_Cv.shape[1] == 0:
-        return grad_Cv
-    if shifted_C is not None:
-        assert swept.shifted_Cv is not None
-        grad_Cv.addcmul_(swept.shifted_Cv, shifted_C[:, None])
-    if constant_C is not None:
-        grad_Cv.add_(constant_C[:, None])
-    here_C = torch.where(column_C >= 0, label_C, 0.0)
-    grad_Cv.scatter_add_(1, column_C.clamp(min=0)[:, None], here_C[:, None])
-    if swept.capped_Cv is not None:  # d tanh
-        grad_Cv.mul_(swept.capped_Cv.square_().neg_().add_(1.0))
-    if transform.temperature != 1:
-        grad_Cv.div_(transform.temperature)
-    return grad_Cv
+    if logits_Cv.shape[1] == 0:
+        return
+    by = coefficients
+    log_sumexp_C = by.sumexp.log()
+    for rows in _blocks(logits_Cv):
+        z, capped = _transformed(logits_Cv[rows], transform, by.max.dtype)
+        # `z` may be the logits themselves, which are not needed any more.
+        shifted = z.sub_(_finite(by.max[rows])[:, None])
+        softmax_C = by.softmax[rows] / by.sumexp[rows]
+        others = (by.log_softmax, by.square, by.teacher, by.log_teacher, by.log_mixture)
+        if all(x is None for x in others):
+            grad = shifted.exp_().mul_(softmax_C[:, None])
+        else:
+            grad = _general_gradient(shifted, log_sumexp_C, by, rows, teacher, jsd_beta)
+        if by.constant is not None:
+            grad.add_(by.constant[rows, None])
+        _scatter(grad, column_C[rows, None], by.label[rows, None])
+        if by.candidates is not None:
+            assert candidates_CK is not None
+            _scatter(grad, candidates_CK[rows], by.candidates[rows])
+        if capped is not None:  # d tanh
+            grad.mul_(capped.square_().neg_().add_(1.0))
+        if transform.temperature != 1:
+            grad.div_(transform.temperature)
+        if grad.data_ptr() != logits_Cv[rows].data_ptr():
+            logits_Cv[rows].copy_(grad)
+
+
+def _general_gradient(
+    shifted: torch.Tensor,
+    log_sumexp_C: torch.Tensor,
+    by: Coefficients,
+    rows: slice,
+    teacher: TeacherLogits | None,
+    beta: float,
+) -> torch.Tensor:
+    """The dense part of the gradient for any coefficients but the constant."""
+    log_p = shifted.sub_(log_sumexp_C[rows, None])
+    p = log_p.exp()
+    factor = by.softmax[rows, None].expand_as(p).clone()
+    log_q = None
+    if by.teacher_max is not None:
+        assert teacher is not None
+        assert by.teacher_sumexp is not None
+        log_q = _log_softmax(teacher, by.teacher_max, by.teacher_sumexp, rows, p.dtype)
+    if by.log_softmax is not None:
+        factor.addcmul_(by.log_softmax[rows, None], log_p)
+    if by.square is not None:
+        factor.addcmul_(by.square[rows, None], p)
+    if by.log_teacher is not None:
+        assert log_q is not None
+        factor.addcmul_(by.log_teacher[rows, None], log_q)
+    if by.log_mixture is not None:
+        assert log_q is not None
+        log_m = _log_mixture(log_p, log_q, beta)
+        factor.addcmul_(by.log_mixture[rows, None], log_m)
+    grad = _product(p, factor)
+    if by.teacher is not None:
+        assert log_q is not None
+        grad.addcmul_(by.teacher[rows, None], log_q.exp_())
+    return grad
+
+
+def _logs(
+    logits_Cv: torch.Tensor,
+    transform: Transform,
+    teacher: TeacherLogits,
+    sums: Sums,
+    beta: float,
+    rows: slice,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    student = TeacherLogits(logits_Cv, transform)
+    dtype = sums["max"].dtype
+    log_p = _log_softmax(student, sums["max"], sums["sumexp"], rows, dtype)
+    log_q = _log_softmax(
+        teacher, sums["teacher_max"], sums["teacher_sumexp"], rows, dtype
+    )
+    return log_p, log_q, _log_mixture(log_p, log_q, beta)
+
+
+def _log_softmax(
+    one: TeacherLogits,
+    max_C: torch.Tensor,
+    sumexp_C: torch.Tensor,
+    rows: slice,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    z, _ = _transformed(one.logits_Cv[rows], one.transform, dtype)
+    return z.sub(_finite(max_C[rows])[:, None]).sub_(sumexp_C[rows].log()[:, None])
+
+
+def _log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
+    """log(beta q + (1 - beta) p)."""
+    log_shares = torch.tensor([1 - beta, beta], dtype=torch.float64).log().tolist()
+    return torch.logaddexp(log_p + log_shares[0], log_q + log_shares[1])
+
+
+def _transformed(
+    raw: torch.Tensor, transform: Transform, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits `z` in `dtype`, and what the tanh gave; `raw` itself where nothing is done."""
+    z, capped = raw.to(dtype), None
+    if transform.softcap:
+        capped = torch.tanh(z / transform.softcap)
+        z = capped * (transform.softcap / transform.temperature)
+    elif transform.temperature != 1:
+        z = z / transform.temperature
+    return z, capped
+
+
+def _product(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`weights * values`; zero where the weight is. A column of -inf has no share."""
+    return torch.where(weights > 0, weights * values, 0.0)
+
+
+def _finite(max_C: torch.Tensor) -> torch.Tensor:
+    """Where all columns are -inf, so is their maximum, and -inf - -inf would be NaN."""
+    return torch.where(max_C == -torch.inf, 0.0, max_C)
+
+
+def _pick(z: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    picked = z.gather(1, columns.clamp(min=0))
+    return torch.where(columns >= 0, picked, 0.0)
+
+
+def _scatter(grad: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
+    here = torch.where(columns >= 0, values, 0.0)
+    grad.scatter_add_(1, columns.clamp(min=0), here)
+
+
+def _blocks(logits_Cv: torch.Tensor) -> Iterator[slice]:
+    num_rows, num_columns = logits_Cv.shape
+    elements = BLOCK_ELEMENTS.get(logits_Cv.device.type, BLOCK_ELEMENTS_GPU)
+    step = max(1, elements // max(1, num_columns))
+    return (slice(start, start + step) for start in range(0, num_rows, step))

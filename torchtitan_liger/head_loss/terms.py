@@ -1,81 +1,147 @@
-"""Losses as plain torch on per-row statistics of the softmax.
+"""Terms of a head loss: plain torch on a few numbers per token.
 
-A term sees a few numbers per token, never the logits. The engine gets each term's partial
-derivatives by autograd on those numbers and turns their sum into the gradient of the
-logits in one sweep, so any mixture of terms costs one softmax.
+A term sees `Statistics` of each token, never the logits. The engine gets each term's
+partial derivatives by autograd on those numbers and turns their sum into the gradient of
+the logits in one sweep, so any mixture of terms costs one softmax.
 
-A term of your own is a class with `name`, `weight`, `needs` and `loss`:
+A term of your own is a class with a name, a weight and a loss:
 
     @dataclass(frozen=True)
-    class Squared:
+    class Squared(Term):
         weight: float
         name: str = "squared"
-        needs: frozenset[str] = frozenset()
 
         def loss(self, stats, rows):
             return stats.logp.square()
 
-`C` tokens of a chunk, `V` vocabulary.
+`C` tokens of a chunk, `K` candidate words of each token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 
 from torchtitan_liger.head_loss.options import HeadLossOptions
+from torchtitan_liger.head_loss.statistics import OPTIONAL, Statistics
 
 Rows = Mapping[str, torch.Tensor]
-"""Further numbers for each token, each [C], by the name under which the caller gave them."""
+"""Further numbers for each token, [C] or [C, K], by the name under which the caller gave
+them."""
 
 
-class Statistics(NamedTuple):
-    """What a term may ask for, one number per token, each [C] in float32 (or float64).
-
-    With logits `z`, label `y` and `p = softmax(z)`:
-    """
-
-    logp: torch.Tensor  # log p_y
-    lse: torch.Tensor  # log sum_j exp z_j
-    max_logp: torch.Tensor  # max_j log p_j; without gradient
-    uniform_ce: torch.Tensor | None = None  # -mean_j log p_j
-    entropy: torch.Tensor | None = None  # -sum_j p_j log p_j
-
-
-OPTIONAL = frozenset(Statistics._field_defaults)
-
-
-class Term(Protocol):
+class Term:
     """One summand of the loss: `weight * loss(statistics, rows)`, per token."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def weight(self) -> float:
-        """0 reports the term and leaves the gradients alone."""
-        ...
+    name: str
+    weight: float
+    """0 reports the term and leaves the gradients alone."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """The optional fields of `Statistics` that `loss` reads."""
-        ...
+        """The optional fields of `Statistics` that `loss` and `metrics` read."""
+        return frozenset()
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """The row inputs that `loss` and `metrics` read."""
+        return frozenset()
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What `metrics` gives, in its order. The engine adds up a metric over tokens; of
+        one whose name ends in "/max" or "/min" it keeps the extreme."""
+        return ()
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         """The loss of each token, [C], before `weight`."""
-        ...
+        raise NotImplementedError
+
+    def metrics(self, stats: Statistics, rows: Rows) -> Sequence[torch.Tensor]:
+        """Numbers to report of each token, [C] each; without gradient."""
+        return ()
+
+
+class Sequences(NamedTuple):
+    """Which tokens belong together."""
+
+    ids_C: torch.Tensor  # int64 in [0, num), one sequence per number
+    num: int
+    valid_C: torch.Tensor  # whether the token has a label
+    tokens_each: int | None = None  # where all have as many, one after the other
+
+    def rows(self, rows: slice) -> Sequences:
+        """Those of a chunk that begins and ends with a sequence, or of all rows."""
+        ids_C = self.ids_C[rows]
+        if len(ids_C) == len(self.ids_C):
+            return self
+        assert self.tokens_each is not None
+        return self._replace(
+            ids_C=ids_C - rows.start // self.tokens_each,
+            num=len(ids_C) // self.tokens_each,
+            valid_C=self.valid_C[rows],
+        )
+
+    def sum(self, x_C: torch.Tensor) -> torch.Tensor:
+        """[num] sums over the tokens with a label."""
+        masked_C = torch.where(self.valid_C, x_C, 0.0)
+        return x_C.new_zeros(self.num).index_add(0, self.ids_C, masked_C)
+
+    def lengths(self, like: torch.Tensor) -> torch.Tensor:
+        """[num] tokens with a label, at least 1, in the dtype of `like`."""
+        return self.sum(torch.ones_like(like)).clamp(min=1)
+
+    def mean(self, x_C: torch.Tensor) -> torch.Tensor:
+        """[num] means over the tokens with a label; 0 for a sequence without any."""
+        return self.sum(x_C) / self.lengths(x_C)
+
+
+class SequenceTerm(Term):
+    """A term whose loss of a token depends on the other tokens of its sequence.
+
+    Its gradients wait until all tokens of a sequence have been seen: the engine cuts
+    chunks along sequences where their logits fit into the budget, and otherwise computes
+    the logits a second time.
+    """
+
+    @property
+    def sequences_per_group(self) -> int | None:
+        """How many neighbouring sequences it has to see together; None for all."""
+        return 1
+
+    def sequence_loss(
+        self, stats: Statistics, rows: Rows, sequences: Sequences
+    ) -> torch.Tensor:
+        """The loss of each token, [C], before `weight`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
-    """`-log p_y`; with label smoothing as in `torch.nn.functional.cross_entropy`."""
+class CrossEntropy(Term):
+    """`-log p_y`; with label smoothing as in `torch.nn.functional.cross_entropy`.
+
+    `smooth_over = "others"` spreads `label_smoothing` over the other words instead of
+    over all, the label included.
+    """
 
     label_smoothing: float = 0.0
-    name: str = "cross_entropy"
     weight: float = 1.0
+    smooth_over: Literal["all", "others"] = "all"
+    name: str = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(
+                f"label_smoothing must be in [0, 1), got {self.label_smoothing}"
+            )
+        if self.smooth_over not in ("all", "others"):
+            raise ValueError(
+                f"smooth_over must be all or others, got {self.smooth_over!r}"
+            )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -86,29 +152,39 @@ class CrossEntropy:
             return -stats.logp
         assert stats.uniform_ce is not None
         eps = self.label_smoothing
+        if self.smooth_over == "others":
+            # mean over the others = (V mean over all - label) / (V - 1); exact for V = 1,
+            # which has no others.
+            eps *= _over_others(stats.vocab_size)
         return eps * stats.uniform_ce - (1 - eps) * stats.logp
 
 
+def _over_others(vocab_size: int) -> float:
+    return vocab_size / (vocab_size - 1) if vocab_size > 1 else 0.0
+
+
 @dataclass(frozen=True)
-class ZLoss:
+class ZLoss(Term):
     """`logsumexp(z) ** 2`: keeps the logits' scale near zero (PaLM, arXiv:2204.02311)."""
 
     weight: float
     name: str = "z_loss"
-    needs: frozenset[str] = frozenset()
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         return stats.lse.square()
 
 
 @dataclass(frozen=True)
-class Focal:
+class Focal(Term):
     """`-(1 - p_y) ** gamma * log p_y` (Lin et al., arXiv:1708.02002)."""
 
     gamma: float = 2.0
     weight: float = 1.0
     name: str = "focal"
-    needs: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.gamma < 0:
+            raise ValueError(f"gamma must be at least 0, got {self.gamma}")
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         # 1 - p without cancellation; at p = 1 a fraction's power has no slope.
@@ -117,12 +193,12 @@ class Focal:
 
 
 @dataclass(frozen=True)
-class EntropyBonus:
+class EntropyBonus(Term):
     """`-H(p)`: a positive weight keeps the distribution wide."""
 
     weight: float
     name: str = "entropy_bonus"
-    needs: frozenset[str] = frozenset({"entropy"})
+    needs = frozenset({"entropy"})
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         assert stats.entropy is not None
@@ -130,95 +206,58 @@ class EntropyBonus:
 
 
 @dataclass(frozen=True)
-class SelfWeighted:
+class Collision(Term):
+    """`sum_j p_j ** 2`, the chance that two draws agree; 1 - Gini impurity."""
+
+    weight: float
+    name: str = "collision"
+    needs = frozenset({"p2"})
+
+    def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
+        assert stats.p2 is not None
+        return stats.p2
+
+
+@dataclass(frozen=True)
+class SelfWeighted(Term):
     """`-p_y log p_y` with `p_y` as a constant weight: confident tokens count more."""
 
     weight: float = 1.0
     name: str = "self_weighted"
-    needs: frozenset[str] = frozenset()
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         return -stats.logp.detach().exp() * stats.logp
 
 
 @dataclass(frozen=True)
-class PolicyGradient:
-    """Clipped policy gradient on the tokens that were sampled.
+class Unlikelihood(Term):
+    """`-sum_k log(1 - p_k)` over words that should not come (arXiv:1908.04319).
 
-    With `r = exp(log p_y - old_logp)` and the advantage `A`, per token:
-
-        "ppo"        -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)   (arXiv:1707.06347)
-        "cispo"      -clip(r, 1 - clip_low, 1 + clip_high) A log p_y, the ratio constant
-                     (arXiv:2506.13585)
-        "reinforce"  -A log p_y
-
-    GRPO and DAPO are "ppo" with their advantages, bounds and normalizer. With
-    `dual_clip` > 1, a token with A < 0 loses at most `-dual_clip * A` (arXiv:1912.09729).
-
-    Rows: `advantages`; `old_logp` (not for "reinforce").
+    Rows: `candidates`, [C, K] int64 words; -1 for none, and twice counts twice. `1 - p_k`
+    is held above `floor`, where the gradient ends.
     """
 
-    kind: Literal["ppo", "cispo", "reinforce"] = "ppo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
     weight: float = 1.0
-    name: str = "policy_gradient"
-    needs: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("ppo", "cispo", "reinforce"):
-            raise ValueError(f"kind must be ppo, cispo or reinforce, got {self.kind!r}")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
+    floor: float = 1e-5
+    name: str = "unlikelihood"
+    needs = frozenset({"logp_k"})
+    inputs = frozenset({"candidates"})
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
-        advantages = rows["advantages"]
-        if self.kind == "reinforce":
-            return -advantages * stats.logp
-        ratio = torch.exp(stats.logp - rows["old_logp"])
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        if self.kind == "cispo":
-            return -clipped.detach() * advantages * stats.logp
-        loss = torch.maximum(-ratio * advantages, -clipped * advantages)
-        if self.dual_clip is not None:
-            bounded = torch.minimum(loss, -self.dual_clip * advantages)
-            loss = torch.where(advantages < 0, bounded, loss)
-        return loss
+        assert stats.logp_k is not None
+        present = rows["candidates"] >= 0
+        # log p of what is not there is no logarithm of a probability.
+        logp = torch.where(present, stats.logp_k, -torch.inf)
+        logp = logp.clamp(max=math.log1p(-self.floor))
+        return -torch.where(present, _log_miss(logp), 0.0).sum(dim=-1)
 
 
-@dataclass(frozen=True)
-class ReferenceKL:
-    """Distance from a reference policy, estimated on the sampled token.
-
-    With `d = ref_logp - log p_y`: "k1" -d, "k2" d^2 / 2, "k3" exp(d) - 1 - d
-    (joschu.net/blog/kl-approx.html). Rows: `ref_logp`.
-    """
-
-    weight: float
-    kind: Literal["k1", "k2", "k3"] = "k3"
-    name: str = "reference_kl"
-    needs: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("k1", "k2", "k3"):
-            raise ValueError(f"kind must be k1, k2 or k3, got {self.kind!r}")
-
-    def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
-        d = rows["ref_logp"] - stats.logp
-        if self.kind == "k1":
-            return -d
-        return d.square() / 2 if self.kind == "k2" else torch.expm1(d) - d
-
-
-class TermValues(NamedTuple):
-    """What the terms of one chunk give back."""
-
-    by_row: torch.Tensor  # [C] the weighted sum over terms
-    by_term: (
-        torch.Tensor
-    )  # [number of terms] weighted sums over rows, before the weights
-    partials: Statistics | None  # d loss / d statistic, each [C]
+def _log_miss(logp: torch.Tensor) -> torch.Tensor:
+    """log(1 - p): both forms lose digits, of value or slope, where the other does not."""
+    likely = logp > -math.log(2)
+    of_likely = (-torch.expm1(torch.where(likely, logp, -1.0))).log()
+    of_others = torch.log1p(-torch.where(likely, -1.0, logp).exp())
+    return torch.where(likely, of_likely, of_others)
 
 
 def terms_of(options: HeadLossOptions) -> tuple[Term, ...]:
@@ -232,8 +271,8 @@ def terms_of(options: HeadLossOptions) -> tuple[Term, ...]:
 def check_terms(terms: Sequence[Term]) -> None:
     """
     Raises:
-        ValueError: for no terms, for two of one name, or for a statistic that does not
-            exist.
+        ValueError: for no terms, for two of one name, for a statistic that does not
+            exist, or for two that need one thing in two ways.
     """
     names = [term.name for term in terms]
     if not names or len(set(names)) < len(names):
@@ -244,47 +283,6 @@ def check_terms(terms: Sequence[Term]) -> None:
                 f"the term {term.name} needs {', '.join(unknown)}; there are "
                 f"{', '.join(sorted(OPTIONAL))}"
             )
-
-
-def evaluate(
-    terms: Sequence[Term],
-    stats: Statistics,
-    rows: Rows,
-    row_weight_C: torch.Tensor,
-    valid_C: torch.Tensor,
-    *,
-    with_partials: bool,
-) -> TermValues:
-    """The terms' values and, if wanted, the partials of the loss by statistic.
-
-    Rows that are not valid count as zero, whatever they hold.
-    """
-    leaves: dict[str, torch.Tensor] = {}
-    with torch.enable_grad():
-        if with_partials:
-            leaves = {
-                name: value.detach().requires_grad_(name != "max_logp")
-                for name, value in stats._asdict().items()
-                if value is not None
-            }
-            stats = Statistics(**leaves)
-        losses_KC = torch.stack([term.loss(stats, rows) for term in terms])
-        # By Python numbers: a tensor of them would have to be copied to the GPU.
-        by_row_C = torch.stack(
-            [t.weight * loss_C for t, loss_C in zip(terms, losses_KC, strict=True)]
-        ).sum(dim=0)
-        by_row_C = torch.where(valid_C, by_row_C, 0.0)
-        loss = (by_row_C * row_weight_C).sum()
-    by_term_K = torch.where(valid_C, losses_KC.detach() * row_weight_C, 0.0).sum(dim=1)
-    partials = None
-    if with_partials:
-        wanted = {n: leaf for n, leaf in leaves.items() if leaf.requires_grad}
-        grads = torch.autograd.grad(
-            loss, list(wanted.values()), allow_unused=True, materialize_grads=True
-        )
-        # Where a masked row holds an infinite number, autograd gives 0 * inf.
-        masked = (torch.where(valid_C, grad, 0.0) for grad in grads)
-        partials = Statistics(
-            **dict(zip(wanted, masked, strict=True)), max_logp=leaves["max_logp"]
-        )
-    return TermValues(by_row_C.detach(), by_term_K, partials)
+    betas = {getattr(term, "jsd_beta", 0.5) for term in terms if "jsd" in term.needs}
+    if len(betas) > 1:
+        raise ValueError(f"a head loss has one beta for its JSD, got {sorted(betas)}")

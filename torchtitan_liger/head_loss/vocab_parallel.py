@@ -1,18 +1,20 @@
 """The softmax over a vocabulary whose columns lie on several ranks.
 
 Each rank sweeps its own columns; one all-gather per chunk exchanges a few numbers per
-row, whatever the terms. `C` tokens of a chunk.
+row, whatever the terms. `C` tokens of a chunk, `R` ranks, `k` numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from torchtitan_liger.head_loss.sweeps import LocalStatistics
-from torchtitan_liger.head_loss.terms import Statistics
+from torchtitan_liger.head_loss.statistics import Sums, combine, unpack
 
 
 @dataclass(frozen=True)
@@ -29,68 +31,68 @@ class VocabShard:
     group: dist.ProcessGroup
 
 
-class GlobalStatistics:
-    """Statistics over all columns, and what a rank needs to return to its own.
+def exchange(
+    names: Sequence[str], packed_kC: torch.Tensor, shard: VocabShard | None
+) -> Callable[[], Sums]:
+    """Begin to put together the sums of all ranks; the function that is returned waits.
 
-    Sum and maximum are kept apart: `exp(z - max) / sumexp` is exact to the last bits
-    where `exp(z - logsumexp)` is not.
+    What is queued in between on the same stream runs beside the exchange.
     """
-
-    def __init__(
-        self, local: LocalStatistics, vocab_size: int, group: dist.ProcessGroup | None
-    ) -> None:
-        total = local if group is None else _combine(local, group)
-        self._local_max_C = local.max
-        self._total = total
-        self._vocab_size = vocab_size
-
-    def for_terms(self) -> Statistics:
-        max_C, sumexp_C, label_logit_C, logit_sum_C, shifted_sum_C = self._total
-        log_sumexp_C = sumexp_C.log()
-        lse_C = max_C + log_sumexp_C
-        return Statistics(
-            logp=(label_logit_C - max_C) - log_sumexp_C,
-            lse=lse_C,
-            max_logp=-log_sumexp_C,
-            uniform_ce=(
-                None if logit_sum_C is None else lse_C - logit_sum_C / self._vocab_size
-            ),
-            entropy=(
-                None
-                if shifted_sum_C is None
-                else log_sumexp_C - shifted_sum_C / sumexp_C
-            ),
-        )
-
-    def log_softmax_shift(self) -> torch.Tensor:
-        """What turns this rank's `z - local max` into the log of the softmax, [C]."""
-        return self._local_max_C - self._total.max - self._total.sumexp.log()
-
-    def softmax_scale(self) -> torch.Tensor:
-        """What turns this rank's `exp(z - local max)` into the softmax, [C]."""
-        return (self._local_max_C - self._total.max).exp() / self._total.sumexp
-
-
-def _combine(local: LocalStatistics, group: dist.ProcessGroup) -> LocalStatistics:
-    packed_kC = torch.stack([x for x in local if x is not None])
-    gathered = packed_kC.new_empty(dist.get_world_size(group), *packed_kC.shape)
-    dist.all_gather(list(gathered.unbind()), packed_kC, group=group)
-    names = [name for name, x in local._asdict().items() if x is not None]
-    by_name: dict[str, torch.Tensor] = dict(
-        zip(names, gathered.unbind(dim=1), strict=True)
-    )  # each [R, C]
-    max_C = by_name["max"].amax(dim=0)
-    shift_RC = by_name["max"] - max_C
-    share_RC = shift_RC.exp()
-    shifted_sum_C = None
-    if "shifted_sum" in by_name:
-        # An empty shard has a maximum of -inf and no share.
-        moved_RC = by_name["shifted_sum"] + shift_RC * by_name["sumexp"]
-        shifted_sum_C = torch.where(share_RC > 0, share_RC * moved_RC, 0.0).sum(dim=0)
-    return LocalStatistics(
-        max=max_C,
-        sumexp=(share_RC * by_name["sumexp"]).sum(dim=0),
-        label_logit=by_name["label_logit"].sum(dim=0),
-        logit_sum=by_name["logit_sum"].sum(dim=0) if "logit_sum" in by_name else None,
-        shifted_sum=shifted_sum_C,
+    if shard is None:
+        return lambda: unpack(names, packed_kC)
+    num_ranks = dist.get_world_size(shard.group)
+    gathered_RkC = packed_kC.new_empty(num_ranks, *packed_kC.shape)
+    work = dist.all_gather(
+        list(gathered_RkC.unbind()), packed_kC, group=shard.group, async_op=True
     )
+
+    def wait() -> Sums:
+        work.wait()
+        return combine(names, gathered_RkC)
+
+    return wait
+
+
+def add_up(shares: torch.Tensor, shard: VocabShard | None) -> torch.Tensor:
+    """The sum over all ranks, in place."""
+    if shard is not None:
+        dist.all_reduce(shares, group=shard.group)
+    return shares
+
+
+@lru_cache
+def shard_of(
+    num_columns: int, group: dist.ProcessGroup, device: torch.device
+) -> VocabShard:
+    """This rank's shard, from the sizes of all; a collective, once for each size."""
+    size = torch.tensor([num_columns], device=device)
+    sizes = size.new_empty(dist.get_world_size(group))
+    dist.all_gather(list(sizes.split(1)), size, group=group)
+    columns = sizes.tolist()
+    return VocabShard(
+        start=sum(columns[: dist.get_rank(group)]),
+        vocab_size=sum(columns),
+        widest=max(columns),
+        group=group,
+    )
+
+
+class _Replicated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def replicated(hidden: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """`hidden`, whose gradient is added up over the group."""
+    return _Replicated.apply(hidden, group)

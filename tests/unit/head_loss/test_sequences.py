@@ -1,0 +1,264 @@
+"""Terms over sequences, against plain torch and against Liger-Kernel's own losses."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from liger_kernel.chunked_loss import (
+    LigerFusedLinearDPOLoss,
+    LigerFusedLinearGRPOLoss,
+    LigerFusedLinearORPOLoss,
+    LigerFusedLinearSimPOLoss,
+)
+
+from tests.helpers import Problem, relative_error
+from torchtitan_liger.head_loss import (
+    CrossEntropy,
+    HeadLoss,
+    Preference,
+    SequencePolicyGradient,
+    ZLoss,
+    engine,
+)
+
+B, L = 8, 9
+NUM_PAIRS = B // 2
+
+
+@pytest.fixture(
+    params=[2 * L + 1, 5, 10**6], ids=["aligned", "two phases", "one chunk"]
+)
+def chunks(request, monkeypatch):
+    """Chunks that hold a pair, chunks that hold no whole sequence, all in one."""
+
+    def plan(num_tokens, *_, **__):
+        rows = request.param
+        return engine.ChunkPlan(rows, -(-num_tokens // rows), 0, 0)
+
+    monkeypatch.setattr(engine, "plan_chunks", plan)
+
+
+@pytest.fixture(params=[0.3, 0.0], ids="{}_ignored".format)
+def problem(request):
+    problem = Problem(T=B * L, D=16, V=101, ignored=request.param)
+    g = torch.Generator().manual_seed(1)
+    logp = (problem.hidden @ problem.weight.T).log_softmax(1)
+    logp = logp.gather(1, problem.labels.clamp(min=0)[:, None]).squeeze(1)
+    noise = 0.3 * torch.randn(2, problem.T, generator=g, dtype=torch.float64)
+    problem.rows = {
+        "old_logp": logp + noise[0],
+        "ref_logp": logp + noise[1],
+        "advantages": torch.randn(B, generator=g).double().repeat_interleave(L),
+    }
+    for values in problem.rows.values():
+        values[problem.labels == -100] = torch.nan
+    return problem
+
+
+def logp_of(hidden, weight, labels):
+    logp = (hidden @ weight.T).log_softmax(1)
+    logp = logp.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    return torch.where(labels == -100, 0.0, logp).view(B, L)
+
+
+def masked(x, labels):
+    return torch.where(labels == -100, 0.0, x).view(B, L)
+
+
+def lengths(labels):
+    return (labels != -100).view(B, L).sum(1).clamp(min=1)
+
+
+def gspo(problem, clip):
+    def loss_of(hidden, weight, labels):
+        old = masked(problem.rows["old_logp"], labels)
+        log_ratio = (logp_of(hidden, weight, labels) - old).sum(1) / lengths(labels)
+        ratio = log_ratio.exp()
+        a = masked(problem.rows["advantages"], labels).sum(1) / lengths(labels)
+        loss = -torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
+        return (loss * (labels != -100).view(B, L).sum(1)).sum()
+
+    return loss_of
+
+
+def preference(problem, kind, layout):
+    def loss_of(hidden, weight, labels):
+        logp = logp_of(hidden, weight, labels)
+        if kind in ("dpo", "ipo"):
+            logp = logp - masked(problem.rows["ref_logp"], labels)
+        score = logp.sum(1)
+        if kind != "dpo":
+            score = score / lengths(labels)
+        if kind == "orpo":
+            score = score - (1 - score.exp()).log()
+        halves = (score[0::2], score[1::2])
+        if layout == "halves":
+            halves = (score[: B // 2], score[B // 2 :])
+        margin = halves[0] - halves[1]
+        loss = {
+            "dpo": -F.logsigmoid(0.4 * margin),
+            "ipo": (margin - 1 / 0.8) ** 2,
+            "simpo": -F.logsigmoid(0.4 * margin - 0.5),
+            "orpo": -0.4 * F.logsigmoid(margin),
+        }[kind]
+        return loss.sum() / NUM_PAIRS
+
+    return loss_of
+
+
+def run(problem, head, **call):
+    def loss_of(hidden, weight, labels):
+        rows = {name: x.view(B, L) for name, x in problem.rows.items()}
+        return head(
+            hidden.view(B, L, -1), weight, labels.view(B, L), **call, **rows
+        ).loss
+
+    return problem.run(loss_of)
+
+
+@pytest.mark.parametrize("clip", [0.05, 1.0])
+def test_gspo(problem, clip, chunks):
+    truth = problem.run(gspo(problem, clip))
+    ours = run(problem, HeadLoss([SequencePolicyGradient(clip, clip)]))
+    assert max(ours.errors(truth).values()) < 1e-10
+
+
+@pytest.mark.parametrize("layout", ["pairs", "halves"])
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "simpo", "orpo"])
+def test_preferences(problem, kind, layout, chunks):
+    truth = problem.run(preference(problem, kind, layout))
+    term = Preference(kind, beta=0.4, layout=layout)
+    ours = run(problem, HeadLoss([term]), normalizer=NUM_PAIRS)
+    assert max(ours.errors(truth).values()) < 1e-10
+
+
+def test_in_a_mixture_with_terms_over_tokens(problem, chunks):
+    parts = [
+        run(problem, HeadLoss([term]), normalizer=3)
+        for term in (CrossEntropy(), ZLoss(0.1), Preference("dpo", weight=0.5))
+    ]
+    head = HeadLoss([CrossEntropy(), ZLoss(0.1), Preference("dpo", weight=0.5)])
+    whole = run(problem, head, normalizer=3)
+    for name in ("loss", "d_hidden", "d_weight"):
+        total = sum(getattr(part, name) for part in parts)
+        assert relative_error(getattr(whole, name), total) < 1e-12
+
+
+def test_losses_per_token_have_no_sequences():
+    problem = Problem(T=B * L, D=16, V=101)
+    head = HeadLoss([SequencePolicyGradient(1.0, 100.0)])
+    with pytest.raises(ValueError, match="no gradients for terms over sequences"):
+        head(problem.hidden, problem.weight, problem.labels, reduction="none")
+
+
+def test_sequences_of_any_length_by_their_numbers(monkeypatch):
+    """Packed: the tokens of a sequence need not even be neighbours."""
+    problem = Problem(T=60, D=16, V=101)
+    g = torch.Generator().manual_seed(4)
+    ids = torch.randint(5, (60,), generator=g)
+    old = -4.0 + torch.randn(60, generator=g, dtype=torch.float64)
+    advantages = torch.randn(5, generator=g, dtype=torch.float64)[ids]
+
+    def loss_of(hidden, weight, labels):
+        valid = labels != -100
+        logp = (hidden @ weight.T).log_softmax(1)
+        logp = logp.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+        loss = 0.0
+        for number in range(5):
+            here = valid & (ids == number)
+            ratio = (logp - old)[here].mean().exp()
+            loss = loss - (ratio * advantages[here]).sum()
+        return loss
+
+    truth = problem.run(loss_of)
+    head = HeadLoss([SequencePolicyGradient(1.0, 1e9)])
+    rows = {"old_logp": old, "advantages": advantages}
+    rows |= {"sequence_ids": ids, "num_sequences": 5}
+    for size in (7, 1000):
+        plan = engine.ChunkPlan(size, -(-60 // size), 0, 0)
+        monkeypatch.setattr(engine, "plan_chunks", lambda *_, p=plan, **__: p)
+        ours = problem.run(lambda *args: head(*args, **rows).loss)
+        assert max(ours.errors(truth).values()) < 1e-10
+
+
+def test_an_odd_number_of_sequences_has_no_pairs():
+    problem = Problem(T=27, D=16, V=101)
+    with pytest.raises(ValueError, match="pairs of sequences, got 3"):
+        HeadLoss([Preference("simpo")])(
+            problem.hidden.view(3, 9, -1), problem.weight, problem.labels.view(3, 9)
+        )
+
+
+LIGERS = {
+    "dpo": partial(LigerFusedLinearDPOLoss, beta=0.4),
+    "simpo": partial(LigerFusedLinearSimPOLoss, beta=0.4, gamma=0.5),
+    "orpo": partial(LigerFusedLinearORPOLoss, beta=0.4),
+}
+
+
+@pytest.mark.parametrize("kind", LIGERS)
+def test_the_same_as_ligers_chunked_losses(problem, kind):
+    ref_weight = problem.weight + 0.1
+    labels = problem.labels.view(B, L)
+    liger = LIGERS[kind](compute_nll_loss=False, compiled=False)
+
+    def liger_loss(hidden, weight, _):
+        args = {}
+        if kind == "dpo":
+            args = {"ref_input": hidden.view(B, L, -1), "ref_weight": ref_weight}
+        return liger(weight, hidden.view(B, L, -1), labels, **args)[0]
+
+    theirs = problem.run(liger_loss)
+    ref_logp = logp_of(problem.hidden, ref_weight, problem.labels)
+    problem.rows["ref_logp"] = ref_logp.flatten()
+    head = HeadLoss([Preference(kind, beta=0.4, layout="halves")])
+    ours = run(problem, head, normalizer=NUM_PAIRS)
+    assert max(ours.errors(theirs).values()) < 1e-6
+
+
+def test_gspo_is_ligers():
+    problem = Problem(T=B * L, D=16, V=101, ignored=0)
+    g = torch.Generator().manual_seed(2)
+    labels = problem.labels.view(B, L)
+    old = logp_of(problem.hidden, problem.weight, problem.labels)
+    old = old + 0.1 * torch.randn(B, L, generator=g, dtype=torch.float64)
+    advantages = torch.randn(B, generator=g, dtype=torch.float64)
+    liger = LigerFusedLinearGRPOLoss(
+        beta=0.0,
+        compiled=False,
+        use_ref_model=False,
+        epsilon_low=0.05,
+        epsilon_high=0.05,
+        loss_type="grpo",
+        importance_sampling_level="sequence",
+    )
+    mask = torch.ones(B, L, dtype=torch.long)
+
+    def liger_loss(hidden, weight, _):
+        return liger(
+            hidden.view(B, L, -1),
+            weight,
+            labels,
+            mask,
+            advantages,
+            old_per_token_logps=old,
+        )[0]
+
+    theirs = problem.run(liger_loss)
+    head = HeadLoss([SequencePolicyGradient(0.05, 0.05)])
+    ours = problem.run(
+        lambda h, w, _: (
+            head(
+                h.view(B, L, -1),
+                w,
+                labels,
+                normalizer=B * L,
+                old_logp=old,
+                advantages=advantages[:, None].expand(B, L),
+            ).loss
+        )
+    )
+    assert max(ours.errors(theirs).values()) < 1e-6

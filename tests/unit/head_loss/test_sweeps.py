@@ -1,0 +1,169 @@
+"""The passes over logits, torch and Triton, against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchtitan_liger.head_loss import sweeps, triton_sweeps
+from torchtitan_liger.head_loss.statistics import SUMS, Coefficients, unpack
+from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
+
+C, V, K = 9, 5003, 3  # more columns than one block of the kernels has
+PLAIN = Transform()
+
+
+@pytest.fixture(params=[sweeps, triton_sweeps], ids=["torch", "triton"])
+def impl(request):
+    return request.param
+
+
+def draw(dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(C, V, generator=g)).to(dtype)
+    teacher = (3 * torch.randn(C, V, generator=g)).to(dtype)
+    label = torch.randint(V, (C,), generator=g)
+    label[2] = -1  # on another rank
+    candidates = torch.randint(-1, V, (C, K), generator=g)
+    return logits, teacher, label, candidates
+
+
+def sums_of(impl, logits, teacher, label, candidates, transform=PLAIN):
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    packed = torch.full((len(SUMS) - 1 + K, len(logits)), torch.nan, dtype=wide)
+    sums = unpack(SUMS, packed)
+    impl.statistics_sweep(
+        logits,
+        label,
+        transform,
+        sums,
+        candidates_CK=candidates,
+        teacher=TeacherLogits(teacher, transform),
+    )
+    return sums
+
+
+def product(weights, values):
+    return torch.where(weights > 0, weights * values, 0.0).sum(1)
+
+
+def test_sums_are_what_they_are_called(impl):
+    z, v, label, candidates = draw()
+    z[:, ::7] = -torch.inf  # padding
+    v[:, ::7] = -torch.inf
+    z[4] += 1e4
+    sums = sums_of(impl, z, v, label, candidates)
+    e, f = (z - z.amax(1, keepdim=True)).exp(), (v - v.amax(1, keepdim=True)).exp()
+
+    def pick(columns):
+        return torch.where(columns < 0, 0.0, z.gather(1, columns.clamp(min=0)))
+
+    expected = {
+        "max": z.amax(1),
+        "sumexp": e.sum(1),
+        "label_logit": pick(label[:, None])[:, 0],
+        "logit_sum": z.sum(1),
+        "shifted_sum": product(e, z - z.amax(1, keepdim=True)),
+        "square_sum": e.square().sum(1),
+        "teacher_max": v.amax(1),
+        "teacher_sumexp": f.sum(1),
+        "teacher_shifted_sum": product(f, v - v.amax(1, keepdim=True)),
+        "student_by_teacher": product(f, z - z.amax(1, keepdim=True)),
+        "teacher_by_student": product(e, v - v.amax(1, keepdim=True)),
+        "candidate_logits": pick(candidates).t(),
+    }
+    assert sums.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(sums[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_a_shard_may_have_no_likely_column_or_none_at_all(impl):
+    _, v, label, candidates = draw()
+    nothing = torch.full_like(label, -1)
+    for width in (0, 40):
+        empty = torch.full((C, width), -torch.inf, dtype=torch.float64)
+        sums = sums_of(impl, empty, v[:, :width], nothing, candidates.fill_(-1))
+        assert sums["max"].isneginf().all()
+        for name in ("sumexp", "label_logit", "shifted_sum", "square_sum"):
+            assert not sums[name].any(), name
+
+
+def coefficients(sums, g, *, everything):
+    names = Coefficients._fields[2:]
+    drawn = {name: torch.randn(C, generator=g, dtype=torch.float64) for name in names}
+    drawn["candidates"] = torch.randn(C, K, generator=g, dtype=torch.float64)
+    drawn |= {name: sums[name] for name in ("max", "sumexp")}
+    drawn |= {name: sums[name] for name in ("teacher_max", "teacher_sumexp")}
+    if not everything:
+        drawn = {n: drawn[n] for n in ("max", "sumexp", "softmax", "label")}
+    return Coefficients(**drawn)
+
+
+@pytest.mark.parametrize("everything", [True, False])
+@pytest.mark.parametrize("transform", [PLAIN, Transform(2.0, 0.7)], ids=str)
+def test_the_gradient_is_its_formula(impl, everything, transform):
+    u, v, label, candidates = draw()
+    sums = sums_of(impl, u, v, label, candidates, transform)
+    by = coefficients(sums, torch.Generator().manual_seed(1), everything=everything)
+    z, t = (sweeps._transformed(x, transform, x.dtype)[0] for x in (u, v))
+    log_p, log_q = z.log_softmax(1), t.log_softmax(1)
+    log_m = (0.7 * log_p.exp() + 0.3 * log_q.exp()).log()
+    inner = by.softmax[:, None].expand(C, V)
+    expected = log_p.exp() * inner
+    if everything:
+        inner = (
+            inner + by.log_softmax[:, None] * log_p + by.log_teacher[:, None] * log_q
+        )
+        inner = inner + by.log_mixture[:, None] * log_m
+        inner = inner + by.square[:, None] * log_p.exp()
+        expected = log_p.exp() * inner + by.teacher[:, None] * log_q.exp()
+        expected = expected + by.constant[:, None]
+        for row in range(C):
+            for k in range(K):
+                if candidates[row, k] >= 0:
+                    expected[row, candidates[row, k]] += by.candidates[row, k]
+    for row in range(C):
+        if label[row] >= 0:
+            expected[row, label[row]] += by.label[row]
+    if transform.softcap:
+        expected = expected * (1 - (z * transform.temperature / 2.0) ** 2)
+    expected = expected / transform.temperature
+    impl.gradient_sweep(
+        u,
+        label,
+        transform,
+        by,
+        candidates_CK=candidates,
+        teacher=TeacherLogits(v, transform),
+        jsd_beta=0.3,
+    )
+    torch.testing.assert_close(u, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_both_round_once_to_the_dtype_of_the_logits(dtype):
+    """To the last bit or its neighbour, where float64 says what is right."""
+    z, v, label, candidates = draw(dtype)
+    wide = z.double()
+    sums = sums_of(sweeps, wide.clone(), v.double(), label, candidates)
+    by = coefficients(sums, torch.Generator().manual_seed(1), everything=False)
+    narrow = Coefficients(*(None if x is None else x.float() for x in by))
+    sweeps.gradient_sweep(wide, label, PLAIN, by)
+    for impl in (sweeps, triton_sweeps):
+        grad = z.clone()
+        impl.gradient_sweep(grad, label, PLAIN, narrow)
+        bound = 4 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
+        torch.testing.assert_close(grad.double(), wide, rtol=bound, atol=1e-6)
+
+
+def test_scaling_rounds_once_and_by_one_leaves_the_memory_alone():
+    x = torch.randn(5000)
+    out = torch.empty(5000, dtype=torch.bfloat16)
+    triton_sweeps.scale(x, torch.tensor([0.3]), out)
+    # The interpreter cuts off what a GPU rounds.
+    torch.testing.assert_close(out, (x * 0.3).bfloat16(), rtol=2**-7, atol=0)
+    same = x.clone()
+    triton_sweeps.scale(same, torch.tensor([1.0]), same)
+    assert torch.equal(same, x)
+    triton_sweeps.scale(same, torch.tensor([-2.0]), same)
+    assert torch.equal(same, -2 * x)

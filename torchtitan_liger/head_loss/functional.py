@@ -1,0 +1,82 @@
+"""`linear_cross_entropy`: the engine as one function."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from torchtitan_liger.head_loss.engine import EngineImpl, HeadLoss
+from torchtitan_liger.head_loss.options import HeadLossOptions
+from torchtitan_liger.head_loss.vocab_parallel import replicated, shard_of
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_softcap: float = 0.0,
+    temperature: float = 1.0,
+    token_weights: torch.Tensor | None = None,
+    impl: EngineImpl = "chunked",
+    acc_dtype: torch.dtype = torch.float32,
+    logits_memory_mib: int = 0,
+    tp_group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """Cross entropy of `hidden @ weight.T` against `labels`, without the logits.
+
+    Args:
+        hidden: [..., D] hidden states.
+        weight: [V, D] weight of the head.
+        labels: [...] integer labels in [0, V) or `ignore_index`.
+        reduction: "mean" divides by the number of tokens with a label (and is 0, where
+            torch's is NaN, if there is none); "none" gives one loss per token, and
+            computes the logits twice.
+        token_weights: [...] factor of each token's loss, with an exact gradient.
+        impl: "chunked", or "reference" for full logits.
+        tp_group: the ranks over which the vocabulary is sharded, in this order: `weight`
+            is then this rank's [v, D], `hidden` and `labels` are the same on all ranks,
+            and so are the loss and the gradient of `hidden`. The first call with a new
+            `v` exchanges the shards' sizes.
+
+    The other settings are the fields of `HeadLossOptions`.
+
+    Returns:
+        [], or [...] with reduction "none"; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: for a value out of range, or for shapes, dtypes or labels that do not
+            fit; the message holds what was got.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(
+            f'reduction must be "mean", "sum" or "none", got {reduction!r}'
+        )
+    options = HeadLossOptions(
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        acc_dtype=acc_dtype,
+        logits_memory_mib=logits_memory_mib,
+    )
+    shard = None
+    if tp_group is not None:
+        shard = shard_of(weight.shape[0], tp_group, weight.device)
+        hidden = replicated(hidden, tp_group)
+    return HeadLoss(options=options, impl=impl)(
+        hidden,
+        weight,
+        labels,
+        normalizer=(labels != ignore_index).sum() if reduction == "mean" else 1,
+        token_weights=token_weights,
+        reduction="none" if reduction == "none" else "sum",
+        shard=shard,
+    ).loss

@@ -1,0 +1,305 @@
+"""The passes over the logits of one chunk of tokens, and the gradients that they add up.
+
+    logits_Cv = hidden_CD @ weight_vD.T       product 1
+    sums of each row                          sweep 1 (and one collective, if sharded)
+    terms: loss, d loss / d statistics        a few numbers per row, not here
+    logits_Cv -> d loss / d logits, in place  sweep 2
+    d_hidden_CD = d_logits @ weight           product 2
+    d_weight_vD += d_logits.T @ hidden        product 3
+
+Nothing here waits for a GPU.
+
+`N` tokens that count, of `T`; `C` tokens of a chunk, `D` width, `E` the teacher's width,
+`v` this rank's columns of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+import torchtitan_liger.head_loss.sweeps as torch_sweeps
+from torchtitan_liger.head_loss.distillation import Teacher
+from torchtitan_liger.head_loss.evaluate import Metrics
+from torchtitan_liger.head_loss.options import HeadLossOptions
+from torchtitan_liger.head_loss.statistics import (
+    OF_TEACHER,
+    Coefficients,
+    Mixture,
+    Statistics,
+    Sums,
+    coefficients_of,
+    statistics_of,
+    sums_for,
+    unpack,
+)
+from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
+from torchtitan_liger.head_loss.terms import Rows, Sequences, Term
+from torchtitan_liger.head_loss.vocab_parallel import VocabShard, add_up, exchange
+
+
+class HeadCall(NamedTuple):
+    """Everything about a call that is not a differentiable tensor."""
+
+    terms: Sequence[Term]
+    metrics: Metrics
+    options: HeadLossOptions
+    labels_N: torch.Tensor
+    rows: Rows  # each [N] or [N, K]
+    kept_N: torch.Tensor | None  # positions of the N tokens among T; None for all
+    teacher: Teacher | None  # [T, ...]
+    sequences: Sequences | None
+    two_phase: bool  # all statistics before any gradient
+    scale: torch.Tensor  # [] factor of the loss; its dtype is that of all sums
+    products_dtype: torch.dtype
+    tokens_per_chunk: int
+    shard: VocabShard | None
+    with_grad: bool
+
+    def chunks(self) -> list[slice]:
+        """At least one, which may be empty."""
+        step, num_tokens = self.tokens_per_chunk, len(self.labels_N)
+        return [slice(i, i + step) for i in range(0, max(1, num_tokens), step)]
+
+
+class Chunk(NamedTuple):
+    """A chunk whose logits are in one of the buffers."""
+
+    rows: slice
+    logits_Cv: torch.Tensor
+    hidden_CD: torch.Tensor
+    teacher: TeacherLogits | None
+
+
+class Softmax(NamedTuple):
+    """Statistics over all columns, and what they came from."""
+
+    sums: Sums
+    mixture: Mixture | None
+    statistics: Statistics
+
+
+class Passes:
+    """One call's buffers and gradients. Call under `no_grad` and without autocast."""
+
+    def __init__(
+        self,
+        hidden_TD: torch.Tensor,
+        weight_vD: torch.Tensor,
+        call: HeadCall,
+        *,
+        need_d_hidden: bool,
+        need_d_weight: bool,
+    ) -> None:
+        options, shard = call.options, call.shard
+        self.call = call
+        self._hidden_TD = hidden_TD.to(call.products_dtype)
+        self._weight_vD = weight_vD.to(call.products_dtype)
+        self._sweeps = sweeps_for(hidden_TD.device.type)
+        self._transform = Transform(options.logit_softcap, options.temperature)
+        num_columns = weight_vD.shape[0]
+        self._vocab_size = num_columns if shard is None else shard.vocab_size
+        first = 0 if shard is None else shard.start
+
+        def local(words: torch.Tensor) -> torch.Tensor:
+            """The column of each word among this rank's; -1 for any other number."""
+            here = (words >= first) & (words < first + num_columns)
+            return torch.where(here, words - first, -1)
+
+        self.valid_N = call.labels_N != options.ignore_index
+        self._column_N = local(call.labels_N).masked_fill(~self.valid_N, -1)
+        needs = frozenset[str]().union(*(term.needs for term in call.terms))
+        self._needs = needs
+        self._candidates_NK: torch.Tensor | None = None
+        if "logp_k" in needs:
+            self._candidates_NK = local(call.rows["candidates"]).contiguous()
+        self._names = sums_for(needs)
+        self._has_teacher = bool(OF_TEACHER.intersection(needs))
+        self._jsd_beta = next(
+            (getattr(t, "jsd_beta", 0.5) for t in call.terms if "jsd" in t.needs), 0.5
+        )
+
+        # While a chunk's sums travel, the next one's logits are computed.
+        num_chunks = len(call.chunks())
+        num_buffers = 2 if shard is not None and num_chunks > 1 else 1
+        size = min(call.tokens_per_chunk, len(call.labels_N)), num_columns
+        self._buffers = [_rows(size, self._hidden_TD) for _ in range(num_buffers)]
+        self._turn = 0
+
+        self._d_hidden_TD: torch.Tensor | None = None
+        if need_d_hidden:
+            make = torch.empty_like if call.kept_N is None else torch.zeros_like
+            self._d_hidden_TD = make(self._hidden_TD)
+        self._d_weight: _WeightGradient | None = None
+        if need_d_weight:
+            acc_dtype = options.acc_dtype
+            if num_chunks == 1 and weight_vD.dtype == call.products_dtype:
+                acc_dtype = call.products_dtype  # no sum to lose precision in
+            self._d_weight = _WeightGradient(self._weight_vD, acc_dtype)
+
+    def logits(self, rows: slice) -> Chunk:
+        """Product 1."""
+        kept_N, valid_C = self.call.kept_N, self.valid_N[rows]
+        if kept_N is None:
+            # A row without a label must not reach the gradients, whatever it holds:
+            # 0 * NaN would.
+            hidden_CD = self._hidden_TD[rows].masked_fill(~valid_C[:, None], 0)
+        else:
+            hidden_CD = self._hidden_TD.index_select(0, kept_N[rows])
+        buffer_Cv = self._buffers[self._turn][: len(hidden_CD)]
+        self._turn = (self._turn + 1) % len(self._buffers)
+        logits_Cv = torch.mm(hidden_CD, self._weight_vD.t(), out=buffer_Cv)
+        teacher = self._teacher_logits(rows) if self._has_teacher else None
+        return Chunk(rows, logits_Cv, hidden_CD, teacher)
+
+    def _teacher_logits(self, rows: slice) -> TeacherLogits:
+        teacher, kept_N = self.call.teacher, self.call.kept_N
+        assert teacher is not None
+        given = teacher.hidden if teacher.logits is None else teacher.logits
+        assert given is not None
+        if kept_N is None:
+            part = given[rows].masked_fill(~self.valid_N[rows, None], 0)
+        else:
+            part = given.index_select(0, kept_N[rows])
+        if teacher.weight is not None:
+            part = part @ teacher.weight.t()
+        if part.stride(1) != 1:
+            part = part.contiguous()
+        return TeacherLogits(
+            part, Transform(teacher.logit_softcap, teacher.temperature)
+        )
+
+    def start(self, chunk: Chunk) -> Callable[[], Sums]:
+        """Sweep 1; gives a function that waits for the other ranks' sums."""
+        num_candidates = 0
+        candidates_CK = None
+        if self._candidates_NK is not None:
+            candidates_CK = self._candidates_NK[chunk.rows]
+            num_candidates = candidates_CK.shape[1]
+        singles = [name for name in self._names if name != "candidate_logits"]
+        packed_kC = self.call.scale.new_empty(
+            len(singles) + num_candidates, len(chunk.hidden_CD)
+        )
+        self._sweeps.statistics_sweep(
+            chunk.logits_Cv,
+            self._column_N[chunk.rows],
+            self._transform,
+            unpack(self._names, packed_kC),
+            candidates_CK=candidates_CK,
+            teacher=chunk.teacher,
+        )
+        return exchange(self._names, packed_kC, self.call.shard)
+
+    def softmax(self, chunk: Chunk, wait: Callable[[], Sums]) -> Softmax:
+        """The statistics over all columns."""
+        sums, mixture = wait(), None
+        if "jsd" in self._needs:
+            assert chunk.teacher is not None
+            shares_2C = self._sweeps.mixture_sweep(
+                chunk.logits_Cv, self._transform, chunk.teacher, sums, self._jsd_beta
+            )
+            mixture = Mixture(*add_up(shares_2C, self.call.shard))
+        statistics = statistics_of(
+            sums, self._needs, self._vocab_size, mixture, self._jsd_beta
+        )
+        return Softmax(sums, mixture, statistics)
+
+    def coefficients(self, partials: Statistics, softmax: Softmax) -> Coefficients:
+        return coefficients_of(
+            partials,
+            softmax.statistics,
+            softmax.sums,
+            self._vocab_size,
+            softmax.mixture,
+            self._jsd_beta,
+        )
+
+    def gradients(self, chunk: Chunk, coefficients: Coefficients) -> None:
+        """Sweep 2, products 2 and 3. Overwrites the chunk's logits."""
+        rows, d_logits_Cv = chunk.rows, chunk.logits_Cv
+        candidates_NK = self._candidates_NK
+        self._sweeps.gradient_sweep(
+            d_logits_Cv,
+            self._column_N[rows],
+            self._transform,
+            coefficients,
+            candidates_CK=None if candidates_NK is None else candidates_NK[rows],
+            teacher=chunk.teacher,
+            jsd_beta=self._jsd_beta,
+        )
+        if self._d_hidden_TD is not None:
+            if self.call.kept_N is None:
+                torch.mm(d_logits_Cv, self._weight_vD, out=self._d_hidden_TD[rows])
+            else:
+                d_hidden_CD = torch.mm(d_logits_Cv, self._weight_vD)
+                self._d_hidden_TD.index_copy_(0, self.call.kept_N[rows], d_hidden_CD)
+        if self._d_weight is not None:
+            self._d_weight.add(d_logits_Cv, chunk.hidden_CD)
+
+    def totals(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The gradients of hidden states and weight, in the dtypes of their sums."""
+        d_weight = self._d_weight
+        return self._d_hidden_TD, None if d_weight is None else d_weight.total()
+
+
+def _rows(size: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
+    """Memory for a matrix whose rows begin where a GPU's matrix products like it."""
+    num_rows, num_columns = size
+    if like.is_cuda:
+        return like.new_empty(num_rows, -(-num_columns // 64) * 64)[:, :num_columns]
+    return like.new_empty(size)
+
+
+class _WeightGradient:
+    """The sum over chunks of `d_logits.T @ hidden`, in `acc_dtype`."""
+
+    def __init__(self, weight_vD: torch.Tensor, acc_dtype: torch.dtype) -> None:
+        # Never narrower than the products.
+        acc_dtype = torch.promote_types(acc_dtype, weight_vD.dtype)
+        self._sum_vD = torch.empty_like(
+            weight_vD, dtype=acc_dtype, memory_format=torch.contiguous_format
+        )
+        self._empty = True  # there is at least one chunk
+
+    def add(self, d_logits_Cv: torch.Tensor, hidden_CD: torch.Tensor) -> None:
+        total = self._sum_vD
+        beta = 0.0 if self._empty else 1.0  # the first chunk overwrites
+        self._empty = False
+        if d_logits_Cv.dtype == total.dtype:
+            torch.addmm(total, d_logits_Cv.t(), hidden_CD, beta=beta, out=total)
+        elif d_logits_Cv.is_cuda:
+            torch.addmm(
+                total,
+                d_logits_Cv.t(),
+                hidden_CD,
+                out_dtype=total.dtype,
+                beta=beta,
+                out=total,
+            )
+        else:  # no mixed-precision product on CPUs
+            torch.addmm(
+                total,
+                d_logits_Cv.t().to(total.dtype),
+                hidden_CD.to(total.dtype),
+                beta=beta,
+                out=total,
+            )
+
+    def total(self) -> torch.Tensor:
+        return self._sum_vD
+
+
+@lru_cache
+def sweeps_for(device_type: str) -> ModuleType:
+    """Triton's kernels where there are any for this device, plain torch elsewhere."""
+    if device_type != "cuda":
+        return torch_sweeps
+    try:
+        import torchtitan_liger.head_loss.triton_sweeps as triton_sweeps
+    except ImportError:  # a torch without triton
+        return torch_sweeps
+    return triton_sweeps

@@ -1,0 +1,260 @@
+"""Terms on tokens that a policy sampled: reinforcement learning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from torchtitan_liger.head_loss.statistics import Statistics
+from torchtitan_liger.head_loss.terms import Rows, Sequences, SequenceTerm, Term
+
+KINDS = ("ppo", "cispo", "reinforce")
+
+
+@dataclass(frozen=True)
+class PolicyGradient(Term):
+    """Clipped policy gradient on the tokens that were sampled.
+
+    With `r = exp(log p_y - old_logp)` and the advantage `A`, per token:
+
+        "ppo"        -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)   (arXiv:1707.06347)
+        "cispo"      -clip(r, 1 - clip_low, 1 + clip_high) A log p_y, the ratio constant
+                     (arXiv:2506.13585)
+        "reinforce"  -A log p_y
+
+    GRPO and DAPO are "ppo" with their advantages, bounds and normalizer. With
+    `dual_clip` > 1, a token with A < 0 loses at most `-dual_clip * A` (arXiv:1912.09729).
+
+    With `importance_cap`, tokens are weighted by how much likelier they were under the
+    policy of `old_logp` than under the one that generated them, a constant of at most the
+    cap: min(exp(old_logp - generation_logp), importance_cap). For a weight per sequence
+    give `token_weights`.
+
+    Rows: `advantages`; `old_logp` (not for "reinforce" without a cap);
+    `generation_logp` with a cap.
+    """
+
+    kind: Literal["ppo", "cispo", "reinforce"] = "ppo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    importance_cap: float | None = None
+    weight: float = 1.0
+    name: str = "policy_gradient"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}"
+            )
+        _check_clip(self.clip_low, self.clip_high)
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
+        if self.importance_cap is not None and self.importance_cap <= 0:
+            raise ValueError(
+                f"importance_cap must be positive, got {self.importance_cap}"
+            )
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        names = {"advantages"}
+        if self._has_ratio:
+            names |= {"old_logp"}
+        if self.importance_cap is not None:
+            names |= {"old_logp", "generation_logp"}
+        return frozenset(names)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        names = ("new_logp", "advantage", "advantage/max", "advantage/min")
+        if not self._has_ratio:
+            return names
+        ratio = ("old_logp", "ratio", "ratio_squared", "kl_new_old", "clip_fraction")
+        return (*names, *ratio)
+
+    @property
+    def _has_ratio(self) -> bool:
+        return self.kind != "reinforce"
+
+    def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
+        loss = self._loss(stats, rows)
+        if self.importance_cap is None:
+            return loss
+        importance = torch.exp(rows["old_logp"] - rows["generation_logp"])
+        return importance.clamp(max=self.importance_cap) * loss
+
+    def _loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
+        advantages = rows["advantages"]
+        if not self._has_ratio:
+            return -advantages * stats.logp
+        ratio = torch.exp(stats.logp - rows["old_logp"])
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        if self.kind == "cispo":
+            return -clipped.detach() * advantages * stats.logp
+        loss = torch.maximum(-ratio * advantages, -clipped * advantages)
+        if self.dual_clip is not None:
+            bounded = torch.minimum(loss, -self.dual_clip * advantages)
+            loss = torch.where(advantages < 0, bounded, loss)
+        return loss
+
+    def metrics(self, stats: Statistics, rows: Rows) -> Sequence[torch.Tensor]:
+        advantages = rows["advantages"]
+        values = [stats.logp, advantages, advantages, advantages]
+        if not self._has_ratio:
+            return values
+        log_ratio = stats.logp - rows["old_logp"]
+        ratio = log_ratio.exp()
+        outside = (ratio < 1 - self.clip_low) | (ratio > 1 + self.clip_high)
+        kl = torch.expm1(log_ratio) - log_ratio
+        return [*values, rows["old_logp"], ratio, ratio.square(), kl, outside]
+
+
+@dataclass(frozen=True)
+class ReferenceKL(Term):
+    """Distance from a reference policy, estimated on the sampled token.
+
+    With `d = ref_logp - log p_y`: "k1" -d, "k2" d^2 / 2, "k3" exp(d) - 1 - d
+    (joschu.net/blog/kl-approx.html). Rows: `ref_logp`.
+    """
+
+    weight: float
+    kind: Literal["k1", "k2", "k3"] = "k3"
+    name: str = "reference_kl"
+    inputs = frozenset({"ref_logp"})
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("k1", "k2", "k3"):
+            raise ValueError(f"kind must be k1, k2 or k3, got {self.kind!r}")
+
+    def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
+        d = rows["ref_logp"] - stats.logp
+        if self.kind == "k1":
+            return -d
+        return d.square() / 2 if self.kind == "k2" else torch.expm1(d) - d
+
+
+@dataclass(frozen=True)
+class SequencePolicyGradient(SequenceTerm):
+    """GSPO: one ratio for a whole sequence (arXiv:2507.18071).
+
+    With `s = exp(mean over the sequence of (log p_y - old_logp))`, every token of it has
+    the loss -min(s A, clip(s, 1 - clip_low, 1 + clip_high) A), with its own advantage `A`.
+    The paper's mean over a sequence's tokens is for the caller: `token_weights` of
+    1 / length, and the number of sequences as the normalizer.
+
+    Rows: `advantages`, `old_logp`.
+    """
+
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+    weight: float = 1.0
+    name: str = "gspo"
+    inputs = frozenset({"advantages", "old_logp"})
+
+    def __post_init__(self) -> None:
+        _check_clip(self.clip_low, self.clip_high)
+
+    def sequence_loss(
+        self, stats: Statistics, rows: Rows, sequences: Sequences
+    ) -> torch.Tensor:
+        log_ratios = sequences.mean(stats.logp - rows["old_logp"])
+        ratio = log_ratios.exp()[sequences.ids_C]
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        advantages = rows["advantages"]
+        return torch.maximum(-ratio * advantages, -clipped * advantages)
+
+
+PREFERENCES = ("dpo", "ipo", "simpo", "orpo")
+
+
+@dataclass(frozen=True)
+class Preference(SequenceTerm):
+    """Prefer one answer to another: DPO and its family.
+
+    With each sequence's sum of log p_y over its tokens, `S`, and their mean, `M`; d(x) is
+    x of the chosen sequence minus x of the rejected one:
+
+        "dpo"    -log sigmoid(beta d(S - S_ref))             (arXiv:2305.18290)
+        "ipo"    (d(M - M_ref) - 1 / (2 beta)) ** 2          (arXiv:2310.12036)
+        "simpo"  -log sigmoid(beta d(M) - gamma)             (arXiv:2405.14734)
+        "orpo"   -beta log sigmoid(d(log(exp M / (1 - exp M))))   (arXiv:2403.07691)
+
+    The chosen sequence is followed by the rejected one (`layout = "pairs"`), or all chosen
+    ones come first (`layout = "halves"`). A pair's loss is spread evenly over its tokens,
+    so the sum over tokens is the sum over pairs, and the number of pairs the normalizer.
+
+    Rows: `ref_logp` for "dpo" and "ipo".
+    """
+
+    kind: Literal["dpo", "ipo", "simpo", "orpo"] = "dpo"
+    beta: float = 0.1
+    gamma: float = 0.5
+    layout: Literal["pairs", "halves"] = "pairs"
+    weight: float = 1.0
+    name: str = "preference"
+
+    def __post_init__(self) -> None:
+        if self.kind not in PREFERENCES:
+            raise ValueError(
+                f"kind must be one of {', '.join(PREFERENCES)}, got {self.kind!r}"
+            )
+        if self.beta <= 0:
+            raise ValueError(f"beta must be positive, got {self.beta}")
+        if self.layout not in ("pairs", "halves"):
+            raise ValueError(f"layout must be pairs or halves, got {self.layout!r}")
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        return frozenset({"ref_logp"} if self.kind in ("dpo", "ipo") else ())
+
+    @property
+    def sequences_per_group(self) -> int | None:
+        return 2 if self.layout == "pairs" else None
+
+    def sequence_loss(
+        self, stats: Statistics, rows: Rows, sequences: Sequences
+    ) -> torch.Tensor:
+        if sequences.num % 2:
+            raise ValueError(
+                f"preferences need pairs of sequences, got {sequences.num} sequences"
+            )
+        logp = stats.logp
+        if self.kind in ("dpo", "ipo"):
+            logp = logp - rows["ref_logp"]
+        score = sequences.sum(logp) if self.kind == "dpo" else sequences.mean(logp)
+        if self.kind == "orpo":
+            # log(p / (1 - p)) of p = exp(score), which rounds to 1 for sure words.
+            miss = -torch.expm1(score.clamp(max=-torch.finfo(score.dtype).eps))
+            score = score - miss.log()
+        if self.layout == "pairs":
+            margin = score[0::2] - score[1::2]
+            pair_C = sequences.ids_C // 2
+        else:
+            margin = score[: len(score) // 2] - score[len(score) // 2 :]
+            pair_C = sequences.ids_C % (len(score) // 2)
+        log_sigmoid = torch.nn.functional.logsigmoid
+        if self.kind == "dpo":
+            loss = -log_sigmoid(self.beta * margin)
+        elif self.kind == "ipo":
+            loss = (margin - 1 / (2 * self.beta)).square()
+        elif self.kind == "simpo":
+            loss = -log_sigmoid(self.beta * margin - self.gamma)
+        else:
+            loss = -self.beta * log_sigmoid(margin)
+        pairs = Sequences(pair_C, len(margin), sequences.valid_C)
+        return (loss / pairs.lengths(loss_like(stats)))[pair_C]
+
+
+def loss_like(stats: Statistics) -> torch.Tensor:
+    """A constant tensor [C] in the dtype of the statistics."""
+    return stats.logp.detach()
+
+
+def _check_clip(low: float, high: float) -> None:
+    if not (0 <= low <= 1 and high >= 0):
+        raise ValueError(
+            f"clip_low must be in [0, 1] and clip_high at least 0, got {low} and {high}"
+        )

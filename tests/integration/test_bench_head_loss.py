@@ -1,0 +1,135 @@
+"""scripts/bench_head_loss.py on a small CPU problem."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+
+import pytest
+import torch
+
+from tests.helpers import ROOT
+from torchtitan_liger.head_loss import HeadLossOutput
+
+TOKENS, DIM, VOCAB = 65, 48, 517
+SMALL = ("--device=cpu", "--tokens=65", "--dim=48", "--vocab=517", "--repeats=2")
+QUANTITIES = ("loss", "d_hidden", "d_weight")
+GRADIENT_BYTES = (TOKENS + VOCAB) * DIM * 4
+
+
+@pytest.fixture
+def cases(monkeypatch):
+    """The module that holds the implementations and the losses."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("head_loss_cases")
+
+
+@pytest.fixture
+def bench(cases, monkeypatch, tmp_path):
+    """`bench(*arguments)` -> the CSV's rows by implementation, and the Markdown."""
+
+    def run(*arguments, code=0):
+        output = tmp_path / "result.md"
+        command = ["bench_head_loss.py", *SMALL, *arguments, f"--output={output}"]
+        monkeypatch.setattr(sys, "argv", command)
+        assert importlib.import_module("bench_head_loss").main() == code
+        with open(output.with_suffix(".csv"), newline="") as file:
+            return list(csv.DictReader(file)), output.read_text()
+
+    return run
+
+
+def check_figures(row):
+    assert row["result"] == "ok"
+    assert 0 < float(row["ms_min"]) <= float(row["ms"]) <= float(row["ms_max"]) < 1e4
+    assert float(row["us_per_token"]) == pytest.approx(
+        1e3 * float(row["ms"]) / int(row["tokens"])
+    )
+    assert float(row["extra_bytes"]) >= GRADIENT_BYTES
+    for name in QUANTITIES:
+        assert 0 <= float(row[f"{name}_error"]) < 2e-6
+
+
+def test_every_implementation_has_a_row_with_figures_or_a_reason(bench, cases):
+    families = [name for name in cases.FAMILIES if name != "compiled"]  # takes long
+    rows, text = bench(
+        *("--impl", *families, "--liger-consts=4", "--budgets=1"),
+        *("--repeats=1", "--warmup=0"),
+    )
+    names = [row["implementation"] for row in rows]
+    assert names[0].startswith("floor")
+    assert rows[0]["result"] == "ok"
+    assert float(rows[0]["ratio"]) == 1
+    assert {"stock eager", "chunked, 256 MiB", "chunked, 1 MiB"} < set(names)
+    assert {"Liger, default", "Liger, chunk_mem_const 4"} < set(names)
+    for row in rows[1:]:
+        assert row["implementation"] in text
+        assert row["result"] in text
+        if not row["result"].startswith("not available: "):
+            check_figures(row)
+    stock = rows[names.index("stock eager")]
+    assert all(float(stock[f"{name}_error_ratio"]) == 1 for name in QUANTITIES)
+    # The logits in float32, their softmax, and the gradient of both.
+    assert float(stock["extra_bytes"]) >= 2 * TOKENS * VOCAB * 4
+    assert "tokens 65, dim 48, vocab 517, ignored 0.0, dtype float32" in text
+
+
+def test_each_mixture_is_measured_in_one_call_in_several_and_from_full_logits(
+    bench, cases
+):
+    rows, _ = bench("--mixtures", "--ignored", "0", "0.5")
+    assert len(rows) == 2 * (3 * len(cases.MIXTURES) - 1)  # one term: no several calls
+    assert [row["ignored"] for row in rows[:: len(rows) // 2]] == ["0.0", "0.5"]
+    for row in rows:
+        check_figures(row)
+
+
+def test_growth_has_a_row_for_each_size_and_a_picture(bench, tmp_path):
+    rows, text = bench(
+        *("--grow=vocab", "--sizes", "128", "256"), "--impl", "stock", "chunked"
+    )
+    assert [row["vocab"] for row in rows] == ["128"] * 3 + ["256"] * 3
+    assert all(row["result"] == "ok" and not row["loss_error"] for row in rows)
+    assert "![Growth with vocab](result.png)" in text
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_gradient_shows_in_the_errors(bench, cases, monkeypatch):
+    def loss_of(inputs):
+        weight_VD = 1.01 * inputs.weight_VD - 0.01 * inputs.weight_VD.detach()
+        return cases.stock_loss(inputs._replace(weight_VD=weight_VD), compiled=False)
+
+    wrong = cases.autograd_case("wrong", loss_of)
+    monkeypatch.setitem(cases.FAMILIES, "chunked", lambda args: [wrong])
+    (row,), _ = bench("--impl=chunked")
+    assert float(row["d_weight_error"]) == pytest.approx(0.01, rel=0.01)
+    assert float(row["d_weight_error_ratio"]) > 1000
+    assert float(row["d_hidden_error"]) < 2e-6
+    assert float(row["loss_error"]) < 2e-6
+
+
+def test_an_implementation_that_fails_says_why_in_its_row(bench, cases, monkeypatch):
+    def loss_of(inputs):
+        raise torch.OutOfMemoryError("tried to allocate\n 99 GiB")
+
+    failing = cases.autograd_case("failing", loss_of)
+    monkeypatch.setitem(cases.FAMILIES, "chunked", lambda args: [failing])
+    rows, text = bench("--impl", "stock", "chunked")
+    reason = "OutOfMemoryError: tried to allocate 99 GiB"
+    assert [row["result"] for row in rows] == ["ok", reason]
+    assert reason in text
+    rows, _ = bench("--impl=chunked", code=1)  # nothing ran
+    assert rows[0]["result"] == reason
+
+
+def test_a_call_that_takes_the_number_of_labels_is_told_it(cases):
+    class Counting:
+        def __call__(self, *tensors, num_labeled=None, **kwargs):
+            self.num_labeled = num_labeled
+            return HeadLossOutput(tensors[0].sum(), {}, {})
+
+    problem = cases.Problem(TOKENS, DIM, VOCAB, torch.float32, "cpu", ignored=0.9)
+    inputs, counting = problem.inputs(), Counting()
+    cases.engine_loss(counting, inputs)
+    assert counting.num_labeled == (inputs.labels_T != cases.IGNORE_INDEX).sum() == 7

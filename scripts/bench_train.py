@@ -1,11 +1,25 @@
 #!/usr/bin/env python3
 """Whole training runs, fused loss off and on, in one table.
 
-    python scripts/bench_train.py train_configs/debug_model.toml --steps 30 \
-        --impl stock liger chunked --output benchmarks/result.md
+    python scripts/bench_train.py train_configs/llama3_1.2b.toml \\
+        --impl stock liger chunked --output result.md
+    NGPU=4 python scripts/bench_train.py train_configs/llama3_8b.toml --label "TP 2" \\
+        --output result.md -- --parallelism.tensor_parallel_degree 2
 
-Speed is the median over the logged steps after the first `--warmup`; memory is the peak
-of the whole run. Arguments after `--` go to every run.
+Every run is one of run_train.sh, and arguments after `--` go to it. Speed and MFU are
+medians of what torchtitan logs after the first `--warmup` steps; memory is the peak of
+the whole run, on the rank that needs most. The preflight is in neither.
+
+    python scripts/bench_train.py train_configs/llama3_1.2b.toml --largest seq \\
+        --impl stock liger --start 65536 98304 --output result.md
+
+finds the longest sequence (at batch 1), or with `--largest batch` the largest local batch,
+that trains `--steps` steps: the size is doubled until memory runs out, then bisected. Every
+trial is a row. Any failure but lack of memory ends the search, and is a row as well.
+
+The table and a CSV beside it are written after every row. A table that exists is added to,
+and the search repeats no trial that it has, so a command that was cut short can be given
+again.
 """
 
 from __future__ import annotations
@@ -13,32 +27,37 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
+import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
+from provenance import heading
 
 from torchtitan_liger.loss_curves import (
     GRAD_NORM,
     LOSS,
-    PEAK_MEMORY_GIB,
     TOKENS_PER_SECOND,
-    read_tensorboard,
+    parse_log,
 )
 
+MFU = "mfu(%)"
+ROOT = Path(__file__).resolve().parent.parent
 FLAG = "--liger_kernel.enable_fused_linear_cross_entropy"
 IMPLS = ("stock", "liger", "chunked", "reference")
 COLUMNS = (
     "config",
+    "layout",
     "impl",
     "gpus",
+    "seq len",
+    "batch",
     "steps",
     "tokens/s per device",
     "MFU %",
@@ -48,151 +67,331 @@ COLUMNS = (
     "first grad norm",
     "result",
 )
+# `search` names the size that a trial belongs to; the heading shows the arguments.
+CSV_COLUMNS = (*COLUMNS, "arguments", "search")
+SEARCH_COLUMN = {"seq": "seq len", "batch": "batch"}
+GRID = {"seq": 2048, "batch": 1}
+START = {"seq": 8192, "batch": 1}
+MOST = {"seq": 2**20, "batch": 256}
+
+OK = "ok"
+OUT_OF_MEMORY = "out of memory"
+# PyTorch's allocators, CUDA and NCCL, cuBLAS, the CPU.
+NO_MEMORY = re.compile(
+    r"OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory",
+    re.IGNORECASE,
+)
+SIZES = re.compile(r"local batch size (\d+),.* sequence length (\d+),")
+# Of any rank.
+PEAK_MEMORY = re.compile(r"step: *\d+ .*memory: *([\d.]+)GiB")
+
+Row = dict[str, str]
+
+
+class TrialError(Exception):
+    """A trial failed for another reason than lack of memory."""
 
 
 def main() -> int:
     args = parse_args()
-    rows = []
+    # The run in progress is ended with this process, and gives its GPUs back.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    table = Table(args.output)
     for config in args.configs:
-        for impl in args.impl:
-            print(f"{config.stem} {impl} ...", flush=True)
-            row = measure(config, impl, args)
-            print("   ", *(f"{k}: {row[k]}" for k in COLUMNS[3:]), sep="  ", flush=True)
-            rows.append(row)
-    table = markdown(rows)
-    print(table)
-    if args.output:
-        args.output.write_text(heading() + "\n" + table)
-        with open(args.output.with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-    return any(row["result"] != "ok" for row in rows)
+        for impl, start in zip(args.impl, args.start, strict=True):
+            if args.largest:
+                search(config, impl, start, args, table)
+            else:
+                table.add(measure(config, impl, args))
+    print(table.markdown())
+    expected = (OK, OUT_OF_MEMORY) if args.largest else (OK,)
+    return any(row["result"] not in expected for row in table.rows)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("configs", type=Path, nargs="+")
-    parser.add_argument("--impl", choices=IMPLS, nargs="+", default=["stock", "liger"])
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--warmup", type=int, default=10, help="steps left out")
-    parser.add_argument("--gpus", type=int, default=1, help="processes")
-    parser.add_argument("--output", type=Path, help="Markdown file; a CSV beside it")
-    parser.add_argument("--logs", type=Path, help="folder for the runs' logs")
+    add = parser.add_argument
+    add("configs", type=Path, nargs="+")
+    add("--impl", choices=IMPLS, nargs="+", default=["stock", "liger"])
+    add("--steps", type=int, help="default: 30; 3 with --largest")
+    add("--warmup", type=int, help="steps left out; default: 10; 1 with --largest")
+    ngpu = int(os.environ.get("NGPU", 1))
+    add("--gpus", type=int, default=ngpu, help="processes (default: NGPU, or 1)")
+    add(
+        "--label",
+        default="",
+        help="what the arguments after -- are called in the table",
+    )
+    add("--limit", type=float, default=900, help="seconds for one run (%(default)s)")
+    add("--output", type=Path, help="Markdown file; a CSV beside it")
+    add("--logs", type=Path, help="folder for the runs' logs")
+    add("--largest", choices=("seq", "batch"), help="find the largest that trains")
+    add("--start", type=int, nargs="+", help="first size: one, or one for each --impl")
+    add("--grid", type=int, help="sizes are multiples of it (seq: 2048, batch: 1)")
+    add("--most", type=int, help="largest size to try (seq: 1048576, batch: 256)")
     argv = sys.argv[1:]
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
     args.overrides = argv[split + 1 :]
+    searching = args.largest is not None
+    if not searching and (args.start or args.grid or args.most):
+        parser.error("--start, --grid and --most belong to --largest")
+    if args.steps is None:
+        args.steps = 3 if searching else 30
+    if args.warmup is None:
+        args.warmup = 1 if searching else 10
+    if not 0 <= args.warmup < args.steps:
+        parser.error(f"--warmup {args.warmup} leaves none of {args.steps} steps")
+    args.grid = args.grid or GRID.get(args.largest)
+    args.most = args.most or MOST.get(args.largest)
+    args.start = args.start or [START.get(args.largest, 0)]
+    if len(args.start) == 1:
+        args.start *= len(args.impl)
+    if len(args.start) != len(args.impl):
+        parser.error(
+            f"--start has {len(args.start)} sizes for {len(args.impl)} of --impl"
+        )
     return args
 
 
-def measure(config: Path, impl: str, args: argparse.Namespace) -> dict[str, object]:
-    """Run one job and read its speed, memory and loss."""
-    row: dict[str, object] = dict.fromkeys(COLUMNS, "")
-    row |= {
-        "config": " ".join([config.stem, *args.overrides]),
+# --- The largest that trains ---------------------------------------------------------
+
+
+def largest(fits: Callable[[int], bool], start: int, grid: int, most: int) -> int:
+    """The largest multiple of `grid` up to `most` that fits; 0 if none does.
+
+    Whatever is smaller than a size that fits is taken to fit. From `start` the size is
+    doubled until one does not fit, then the gap is bisected; no size is tried twice.
+    """
+    fitting, failing = 0, most // grid + 1  # in multiples of grid
+    size = max(1, min(start, most) // grid)
+    doubling = True
+    while fitting + 1 < failing:
+        if fits(size * grid):
+            fitting = size
+        else:
+            failing, doubling = size, False
+        between = (fitting + failing) // 2
+        size = min(2 * size, failing - 1) if doubling else between
+    return fitting * grid
+
+
+def search(
+    config: Path, impl: str, start: int, args: argparse.Namespace, table: Table
+) -> None:
+    """Add a row for each trial, and a note of what they found."""
+    kind, column = args.largest, SEARCH_COLUMN[args.largest]
+    same = known_facts(config, impl, args)
+
+    def sizes(result: str) -> list[int]:
+        """The sizes of this search that are known to have had this result."""
+        return [
+            int(row[column])
+            for row in table.all_rows
+            if row["result"] == result and same.items() <= row.items()
+        ]
+
+    def fits(size: int) -> bool:
+        if size <= max(sizes(OK), default=0):
+            return True
+        if size >= min(sizes(OUT_OF_MEMORY), default=size + 1):
+            return False
+        row = measure(config, impl, args, size)
+        table.add(row)
+        if row["result"] not in (OK, OUT_OF_MEMORY):
+            raise TrialError(f"at {size:,}: {row['result']}")
+        return row["result"] == OK
+
+    subject = f"Largest {kind}, {config.stem} {same['layout']}".strip() + f", {impl}"
+    try:
+        found = largest(fits, start, args.grid, args.most)
+    except TrialError as error:
+        found = max(sizes(OK), default=0)
+        table.note(f"{subject}: not known, at least {found:,}; stopped {error}")
+        return
+    if too_large := min(sizes(OUT_OF_MEMORY), default=0):
+        end = f"{too_large:,} is out of memory"
+    else:
+        end = f"no more than {args.most:,} was tried"
+    table.note(f"{subject}: {found:,} ({end})")
+
+
+# --- One run -------------------------------------------------------------------------
+
+
+def known_facts(config: Path, impl: str, args: argparse.Namespace) -> Row:
+    """What a row says before its run."""
+    arguments = shlex.join(args.overrides)
+    return {
+        "config": config.stem,
+        "layout": args.label or arguments,
         "impl": impl,
-        "gpus": args.gpus,
-        "steps": args.steps,
+        "gpus": str(args.gpus),
+        "arguments": arguments,
+        "search": args.largest or "",
     }
+
+
+def measure(config: Path, impl: str, args: argparse.Namespace, size: int = 0) -> Row:
+    """Run one job, a trial of this `size` in a search; read speed, memory and loss."""
+    row = known_facts(config, impl, args) | {"steps": str(args.steps)}
+    changes = [] if impl == "stock" else [FLAG, f"--liger_kernel.impl={impl}"]
+    if args.largest:
+        # Every step is logged: after the first one come the optimizer's states.
+        changes += ["--metrics.log_freq=1", "--training.global_batch_size=-1"]
+        batch = 1
+        if args.largest == "seq":
+            row["seq len"] = str(size)
+            changes.append(f"--training.seq_len={size}")
+        else:
+            batch = size
+        row["batch"] = str(batch)
+        changes.append(f"--training.local_batch_size={batch}")
+    facts = (row[key] for key in ("config", "layout", "impl"))
+    name = " ".join(filter(None, [*facts, args.largest, size and str(size)]))
+    print(f"{name} ...", flush=True)
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable,
-            *("-m", "torch.distributed.run"),
-            f"--nproc_per_node={args.gpus}",
-            *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
-            *("--local-ranks-filter", "0"),
-            *("-m", "torchtitan_liger.train"),
-            *("--job.config_file", str(config)),
-            *("--job.dump_folder", folder),
-            *("--training.steps", str(args.steps)),
-            "--metrics.enable_tensorboard",
+            str(ROOT / "run_train.sh"),
+            f"--job.dump_folder={folder}",
+            f"--training.steps={args.steps}",
             "--metrics.disable_color_printing",
-            *("--debug.seed", "1"),
-            *([] if impl == "stock" else [FLAG, "--liger_kernel.impl", impl]),
-            *("--liger_kernel.fallback", "error"),
+            "--debug.seed=1",
+            "--liger_kernel.fallback=error",
             *args.overrides,
+            *changes,
         ]
-        run = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        variables = {
+            "CONFIG_FILE": str(config),
+            "NGPU": str(args.gpus),
+            # Memory may run out on any rank.
+            "LOG_RANK": ",".join(map(str, range(args.gpus))),
+        }
+        path = (args.logs or Path(folder)) / (re.sub(r"[^\w.]+", "-", name) + ".log")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        code = run(command, variables, path, args.limit)
+        log = path.read_text(errors="replace")
+    print(f"    {time.monotonic() - start:.0f} s", flush=True)
+    return row | read_log(log, args.warmup) | {"result": verdict(code, log, args.limit)}
+
+
+def run(
+    command: Sequence[str], variables: Mapping[str, str], log: Path, limit: float
+) -> int | None:
+    """The exit code of `command`; None if it was stopped after `limit` seconds."""
+    env = {**os.environ, "PYTHON": sys.executable, **variables}
+    shown = shlex.join([*(f"{k}={v}" for k, v in variables.items()), *command])
+    with open(log, "w") as out:
+        out.write(f"$ {shown}\n")
+        out.flush()
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
         )
-        if args.logs:
-            args.logs.mkdir(parents=True, exist_ok=True)
-            (args.logs / f"{config.stem}_{impl}.log").write_text(
-                shlex.join(command) + "\n" + run.stdout
-            )
-        if run.returncode:
-            row["result"] = last_error(run.stdout)
-            return row
-        curves = read_tensorboard(folder)
-    loss = curves[LOSS]
-    speed = [v for step, v in curves[TOKENS_PER_SECOND].items() if step > args.warmup]
-    mfu = [v for step, v in curves["mfu(%)"].items() if step > args.warmup]
-    return row | {
-        "tokens/s per device": f"{statistics.median(speed):.0f}",
-        "MFU %": f"{statistics.median(mfu):.1f}",
-        "peak GiB": f"{max(curves[PEAK_MEMORY_GIB].values()):.2f}",
-        "first loss": f"{loss[min(loss)]:.5f}",
-        "last loss": f"{loss[max(loss)]:.5f}",
-        "first grad norm": f"{curves[GRAD_NORM][min(loss)]:.5f}",
-        "result": "ok",
-    }
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            # torchrun ends its workers when it is asked to end, within 30 s.
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
-def last_error(log: str) -> str:
-    """What a failed run says about itself, in a few words."""
-    errors = [line for line in log.splitlines() if "Error" in line and ":" in line]
-    memory = [line for line in errors if "OutOfMemory" in line]
-    picked = (memory or errors or ["failed without a message"])[0]
-    return picked.replace("[rank0]:", "").strip()[:120]
+def verdict(code: int | None, log: str, limit: float) -> str:
+    """How a run ended, in a few words."""
+    if code == 0:
+        return OK
+    if NO_MEMORY.search(log):
+        return OUT_OF_MEMORY
+    if code is None:
+        return f"no end within {limit:.0f} s"
+    facts = parse_log(log).log
+    error = facts.error if facts else ""
+    return (error or f"exit code {code}").replace("|", "/")[:120]
 
 
-def heading() -> str:
-    """When, where and with what the table was measured."""
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    )
-    names = ("torch", "triton", "torchtitan", "liger-kernel")
-    versions = ", ".join(f"{name} {installed(name)}" for name in names)
-    command = ["python", f"scripts/{Path(sys.argv[0]).name}"]
-    arguments = iter(sys.argv[1:])
-    for argument in arguments:
-        if argument in ("--output", "--logs"):  # places on one machine
-            next(arguments)
-        else:
-            command.append(argument)
-    return (
-        f"{date.today()}, {device}; {versions}; commit {commit()}.\n\n"
-        f"    {shlex.join(command)}\n"
-    )
+def read_log(log: str, warmup: int) -> Row:
+    """The columns that torchtitan's log fills, as far as the run came."""
+    row = dict.fromkeys(COLUMNS[COLUMNS.index("tokens/s per device") : -1], "")
+    if match := SIZES.search(log):
+        row["batch"], row["seq len"] = match.groups()
+    curves = parse_log(log).curves
+    if loss := curves.get(LOSS):
+        row["first loss"] = f"{loss[min(loss)]:.5f}"
+        row["last loss"] = f"{loss[max(loss)]:.5f}"
+        row["first grad norm"] = f"{curves[GRAD_NORM][min(loss)]:.4f}"
+        row["peak GiB"] = f"{max(map(float, PEAK_MEMORY.findall(log))):.2f}"
+        if measured := [step for step in loss if step > warmup]:
+            speed = statistics.median(curves[TOKENS_PER_SECOND][s] for s in measured)
+            mfu = statistics.median(curves[MFU][s] for s in measured)
+            row |= {"tokens/s per device": f"{speed:.0f}", "MFU %": f"{mfu:.1f}"}
+    return row
 
 
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(none)"
+# --- The table -----------------------------------------------------------------------
 
 
-def commit() -> str:
-    """The commit of this tree; BENCH_COMMIT where the tree came without its history."""
-    root = Path(__file__).parent
-    git = ("git", "-C", str(root), "describe", "--always", "--dirty")
-    try:
-        found = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        found = ""
-    return found or os.environ.get("BENCH_COMMIT", "unknown")
+class Table:
+    """The rows of this command, below those that the files have from earlier ones."""
 
+    def __init__(self, output: Path | None) -> None:
+        self.output = output
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+        self.earlier_text = ""
+        self.earlier_rows: list[Row] = []
+        if output and output.exists():
+            self.earlier_text = output.read_text() + "\n"
+            with open(output.with_suffix(".csv"), newline="") as file:
+                reader = csv.DictReader(file)
+                if tuple(reader.fieldnames or ()) != CSV_COLUMNS:
+                    raise SystemExit(
+                        f"{file.name} has other columns than this command writes: "
+                        "choose another --output"
+                    )
+                self.earlier_rows = list(reader)
 
-def markdown(rows: list[dict[str, object]]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(str(row[c]) for c in COLUMNS) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    @property
+    def all_rows(self) -> list[Row]:
+        return self.earlier_rows + self.rows
+
+    def add(self, row: Row) -> None:
+        row = dict.fromkeys(CSV_COLUMNS, "") | row
+        self.rows.append(row)
+        print("   ", *(f"{c}: {row[c]}" for c in COLUMNS[3:]), sep="  ", flush=True)
+        self.write()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        print(text, flush=True)
+        self.write()
+
+    def write(self) -> None:
+        if not self.output:
+            return
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output.write_text(f"{self.earlier_text}{heading()}\n{self.markdown()}")
+        with open(self.output.with_suffix(".csv"), "w", newline="") as file:
+            writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.all_rows)
+
+    def markdown(self) -> str:
+        lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+        lines += ["| " + " | ".join(r[c] for c in COLUMNS) + " |" for r in self.rows]
+        lines += ["", *(f"- {note}" for note in self.notes)] if self.notes else []
+        return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_train import heading
+from provenance import heading
 from torch import cuda
 
 ROOT = Path(__file__).resolve().parent.parent

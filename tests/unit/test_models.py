@@ -99,6 +99,16 @@ def test_the_head_is_back_after_a_forward_that_fails():
     assert model.output is head
 
 
+def test_llama_takes_sequences_longer_than_its_default():
+    args = copy.deepcopy(train_spec("llama3").model_args["debugmodel_16k"])
+    job = JobConfig()
+    job.training.seq_len = 2 * args.max_seq_len
+    args.update_from_config(job)
+    with torch.device("meta"):
+        model = train_spec("llama3").model_cls(args)
+    assert model.freqs_cis.shape[0] == job.training.seq_len
+
+
 def test_tied_weights_stay_tied():
     spec = train_spec("qwen3")
     args = copy.deepcopy(spec.model_args["0.6B"])

@@ -1,0 +1,58 @@
+"""The first lines of a file with results: when, where and with what it was measured."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+@functools.cache
+def heading() -> str:
+    """When, where and with what the table was measured."""
+    names = ("torch", "triton", "torchtitan", "liger-kernel")
+    versions = ", ".join(f"{name} {installed(name)}" for name in names)
+    command = ["python", f"scripts/{Path(sys.argv[0]).name}"]
+    arguments = iter(sys.argv[1:])
+    for argument in arguments:
+        if argument in ("--output", "--logs"):  # places on one machine
+            next(arguments)
+        else:
+            command.append(argument)
+    ngpu = f"NGPU={os.environ['NGPU']} " if "NGPU" in os.environ else ""
+    return (
+        f"{date.today()}, {device()}; {versions}; commit {commit()}.\n\n"
+        f"    {ngpu}{shlex.join(command)}\n"
+    )
+
+
+def device() -> str:
+    # Asked in another process: this one would hold memory on the GPU for its whole life.
+    code = "import torch; print(torch.cuda.get_device_name())"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if asked.returncode:
+        return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    return asked.stdout.strip()
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(none)"
+
+
+def commit() -> str:
+    """The commit of this tree; BENCH_COMMIT where the tree came without its history."""
+    git = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+    try:
+        found = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        found = ""
+    return found or os.environ.get("BENCH_COMMIT", "unknown")

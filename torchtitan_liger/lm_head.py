@@ -66,12 +66,15 @@ class LMHead(nn.Linear):
         self,
         hidden: torch.Tensor,
         labels: torch.Tensor | None = None,
+        *,
+        head_loss: HeadLoss | LigerHeadLoss | None = None,
         **call: Any,
     ) -> torch.Tensor | HeadLossOutput:
         """
         Args:
             hidden: [B, L, D] hidden states.
             labels: [B, L] labels, or None for logits.
+            head_loss: another loss than the head's own.
             call: keyword arguments of `HeadLoss.__call__`, such as `normalizer`.
 
         Returns:
@@ -84,15 +87,16 @@ class LMHead(nn.Linear):
             if self.gather_logits and isinstance(logits, DTensor):
                 logits = logits.full_tensor()
             return logits
-        if self.head_loss is None:
+        head_loss = head_loss or self.head_loss
+        if head_loss is None:
             raise RuntimeError(
                 "this LM head has no loss: set liger_kernel."
                 "enable_fused_linear_cross_entropy, or assign head.head_loss"
             )
-        if torch.is_grad_enabled() and self.head_loss.impl != "reference":
+        if torch.is_grad_enabled() and head_loss.impl != "reference":
             self.num_fused_calls += 1
         hidden, weight, shard = _local_inputs(hidden, self.weight, self.tp_mesh)
-        return self.head_loss(hidden, weight, labels, shard=shard, **call)
+        return head_loss(hidden, weight, labels, shard=shard, **call)
 
 
 def _local_inputs(

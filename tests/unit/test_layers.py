@@ -15,7 +15,7 @@ PACKAGE = Path(torchtitan_liger.__file__).parent
 # From the bottom up. A module may import from the rows below its own.
 LAYERS = (
     {"job_config", "loss_curves", "device", "cli"},
-    {"loss_curves_judge"},
+    {"loss_curves_judge", "config_checks"},
     {"loss_curves_report"},
     {"head_loss.options", "head_loss.chunking", "head_loss.calls"},
     {"head_loss.terms", "head_loss.sweeps", "head_loss.reference"},
@@ -24,6 +24,7 @@ LAYERS = (
     {"head_loss.engine"},
     {"head_loss"},
     {"liger_api", ""},
+    {"full_logits", "head_loss_config", "head_loss_plan", "head_loss_report"},
     {"lm_head", "config_validator", "data"},
     {"parallelize", "preflight", "validator"},
     {"models"},

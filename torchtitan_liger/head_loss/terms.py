@@ -172,6 +172,12 @@ class PolicyGradient:
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
 
+    @property
+    def inputs(self) -> frozenset[str]:
+        """The rows that `loss` reads."""
+        ratio = () if self.kind == "reinforce" else ("old_logp",)
+        return frozenset({"advantages", *ratio})
+
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         advantages = rows["advantages"]
         if self.kind == "reinforce":
@@ -203,6 +209,11 @@ class ReferenceKL:
     def __post_init__(self) -> None:
         if self.kind not in ("k1", "k2", "k3"):
             raise ValueError(f"kind must be k1, k2 or k3, got {self.kind!r}")
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """The rows that `loss` reads."""
+        return frozenset({"ref_logp"})
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         d = rows["ref_logp"] - stats.logp

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_train import heading, installed
 from head_loss_cases import (
     FAMILIES,
     Case,
@@ -43,6 +42,7 @@ from head_loss_cases import (
     true_gradients,
     unfused,
 )
+from provenance import heading, installed
 from torch.profiler import ProfilerActivity, profile
 
 DTYPES = {

@@ -5,20 +5,22 @@ Every refusal and every fallback is a row of `RULES`.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Literal
 
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import device_type
 
-from torchtitan_liger.head_loss import HeadLoss, HeadLossOptions
-from torchtitan_liger.job_config import LigerKernel
-from torchtitan_liger.liger_api import LigerHeadLoss, LigerStatus, liger_status
+from torchtitan_liger import job_config
+from torchtitan_liger.config_checks import check_values
+from torchtitan_liger.head_loss import HeadLossOptions
+from torchtitan_liger.head_loss_config import changes, terms_and_options
+from torchtitan_liger.head_loss_plan import HeadLossPlan
+from torchtitan_liger.liger_api import LigerStatus, liger_status
 
 FLAG = "liger_kernel.enable_fused_linear_cross_entropy"
 # How tyro, torchtitan's command line, spells "off".
@@ -108,6 +110,28 @@ def _reference_tensor_parallel(job: JobConfig, _: Environment) -> str | None:
     )
 
 
+def _reference_other_terms(job: JobConfig, _: Environment) -> str | None:
+    plan = _requested(job)
+    if plan.impl != "reference" or plan.terms is None:
+        return None
+    return (
+        'liger_kernel.impl = "reference" has cross entropy (weight 1) and z-loss alone, '
+        f"but {_listed(job)}: use --liger_kernel.impl chunked"
+    )
+
+
+def _sequence_context_parallel(job: JobConfig, _: Environment) -> str | None:
+    degree, config = job.parallelism.context_parallel_degree, _head_loss(job)
+    names = [n for n in ("gspo", "preference") if getattr(config, n).weight is not None]
+    if not names or degree <= 1:
+        return None
+    return (
+        f"head_loss.{names[0]} needs whole sequences on each rank, but "
+        f"parallelism.context_parallel_degree is {degree}: use "
+        "--parallelism.context_parallel_degree 1"
+    )
+
+
 def _wants_liger(job: JobConfig) -> bool:
     return settings(job).impl in ("auto", "liger")
 
@@ -131,6 +155,17 @@ def _liger_tensor_parallel(job: JobConfig, _: Environment) -> str | None:
     return (
         "Liger-Kernel's fused loss needs the whole vocabulary on each rank, but "
         f"parallelism.tensor_parallel_degree is {degree}"
+    )
+
+
+def _liger_other_losses(job: JobConfig, _: Environment) -> str | None:
+    plan = _requested(job)
+    plain = plan.terms is None and plan.options.temperature == 1
+    if not _wants_liger(job) or plain:
+        return None
+    return (
+        "Liger-Kernel's fused loss has cross entropy (weight 1), label smoothing, z-loss "
+        f"and softcap alone, but {_listed(job)}"
     )
 
 
@@ -175,6 +210,20 @@ RULES = (
         ValueError,
     ),
     Rule(
+        '`impl = "reference"` with more in `[head_loss]` than cross entropy and z-loss',
+        "refused: `--liger_kernel.impl chunked`",
+        _reference_other_terms,
+        "refuse",
+        ValueError,
+    ),
+    Rule(
+        "`head_loss.gspo` or `head_loss.preference` with context parallelism",
+        "refused: `--parallelism.context_parallel_degree 1`",
+        _sequence_context_parallel,
+        "refuse",
+        ValueError,
+    ),
+    Rule(
         "Liger-Kernel missing, too old or broken",
         '`chunked`, with a warning; `fallback = "error"`: ImportError',
         _liger_not_importable,
@@ -195,6 +244,14 @@ RULES = (
         "fall back",
         ValueError,
     ),
+    Rule(
+        "Liger-Kernel with more in `[head_loss]` than cross entropy (weight 1), label "
+        "smoothing, z-loss and softcap",
+        '`chunked`; `fallback = "error"`: ValueError',
+        _liger_other_losses,
+        "fall back",
+        ValueError,
+    ),
 )
 
 
@@ -202,36 +259,6 @@ def support_table() -> str:
     """`RULES` as the table in the README."""
     rows = ["| with the flag on | |", "|---|---|"]
     return "\n".join(rows + [f"| {rule.topic} | {rule.outcome} |" for rule in RULES])
-
-
-@dataclass(frozen=True)
-class HeadLossPlan:
-    """What computes the loss of a job, and why."""
-
-    enabled: bool
-    impl: Literal["liger", "chunked", "reference", "stock"]
-    options: HeadLossOptions
-    reason: str = ""
-    """Why it is not Liger-Kernel, where that was wanted."""
-    validate: bool = True
-    """Whether validation goes through the head's loss as well."""
-    preflight: bool = True
-    """Whether the head is checked on the real mesh before the first step."""
-    warning: str = ""
-    """What the user has to hear about the choice; empty if nothing."""
-
-    def head_loss(self) -> HeadLoss | LigerHeadLoss:
-        if self.impl == "liger":
-            return LigerHeadLoss(self.options)
-        assert self.impl != "stock"
-        return HeadLoss(options=self.options, impl=self.impl)
-
-    def announcement(self) -> str:
-        """One line for the log."""
-        if self.impl == "liger":
-            return "Using Liger-Kernel fused linear cross entropy loss"
-        because = f": {self.reason}" if self.reason else ""
-        return f"Using the {self.impl} linear cross entropy loss{because}"
 
 
 def resolve(job: JobConfig, environment: Environment | None = None) -> HeadLossPlan:
@@ -244,22 +271,16 @@ def resolve(job: JobConfig, environment: Environment | None = None) -> HeadLossP
         ValueError: for settings that contradict each other or are out of range. Each
             message names the key, its value and a way out.
     """
-    config = settings(job)
-    _check_values(config)
-    options = HeadLossOptions(
-        acc_dtype=TORCH_DTYPE_MAP[config.acc_dtype],
-        logits_memory_mib=config.logits_memory_mib,
-    )
-    if not config.enable_fused_linear_cross_entropy:
-        return HeadLossPlan(False, "stock", options)
+    plan = _requested(job)
+    if not plan.enabled:
+        if _listed(job):
+            raise ValueError(
+                f"{_listed(job)}, which torchtitan's own loss would ignore: turn the "
+                f"fused loss on (--{FLAG}), or leave [head_loss] out"
+            )
+        return plan
     environment = environment or this_environment()
-    plan = HeadLossPlan(
-        enabled=True,
-        impl="liger" if config.impl == "auto" else config.impl,
-        options=options,
-        validate=config.validation,
-        preflight=config.preflight,
-    )
+    config = settings(job)
     for rule in RULES:
         reason = rule.reason(job, environment)
         if reason is None:
@@ -278,7 +299,31 @@ def resolve(job: JobConfig, environment: Environment | None = None) -> HeadLossP
     return plan
 
 
-def settings(job: JobConfig) -> LigerKernel:
+def _requested(job: JobConfig) -> HeadLossPlan:
+    """The plan where nothing is in the way."""
+    config, head_loss = settings(job), _head_loss(job)
+    check_values(config, "liger_kernel")
+    check_values(head_loss, "head_loss")
+    terms, options = terms_and_options(
+        head_loss,
+        HeadLossOptions(
+            acc_dtype=TORCH_DTYPE_MAP[config.acc_dtype],
+            logits_memory_mib=config.logits_memory_mib,
+        ),
+    )
+    if not config.enable_fused_linear_cross_entropy:
+        return HeadLossPlan(False, "stock", options)
+    return HeadLossPlan(
+        enabled=True,
+        impl="liger" if config.impl == "auto" else config.impl,
+        options=options,
+        terms=terms,
+        validate=config.validation,
+        preflight=config.preflight,
+    )
+
+
+def settings(job: JobConfig) -> job_config.LigerKernel:
     """The section `[liger_kernel]`.
 
     Raises:
@@ -292,6 +337,16 @@ def settings(job: JobConfig) -> LigerKernel:
             "field liger_kernel of that class"
         )
     return config
+
+
+def _head_loss(job: JobConfig) -> job_config.HeadLoss:
+    # A config module of the user's own may have the section liger_kernel alone.
+    return getattr(job, "head_loss", job_config.HeadLoss())
+
+
+def _listed(job: JobConfig) -> str:
+    """What `[head_loss]` changes, in the user's own words; empty for nothing."""
+    return ", ".join(changes(_head_loss(job), "head_loss"))
 
 
 def model_args(job: JobConfig) -> BaseModelArgs:
@@ -320,50 +375,3 @@ def check_vocabulary(job: JobConfig, tokenizer_size: int) -> None:
             f"{tokenizer_size} words, but {job.model.name} {job.model.flavor} only "
             f"{vocab_size}: choose another model.flavor or another tokenizer"
         )
-
-
-def _check_values(config: LigerKernel) -> None:
-    for field in fields(LigerKernel):
-        value, choices = getattr(config, field.name), get_args(field.type)
-        if choices and value not in choices:
-            raise ValueError(
-                f"liger_kernel.{field.name} is {value!r}; it must be one of "
-                f"{', '.join(map(repr, choices))}"
-            )
-        if not choices and type(value) is not field.type:
-            raise ValueError(
-                f"liger_kernel.{field.name} is {value!r}; it must be "
-                f"{'true or false' if field.type is bool else 'a whole number'}"
-            )
-    if config.logits_memory_mib < 0:
-        raise ValueError(
-            f"liger_kernel.logits_memory_mib is {config.logits_memory_mib}; it must be 0 "
-            "(planned) or a number of MiB"
-        )
-
-
-def check_keys(toml: Mapping[str, Any], path: str) -> None:
-    """Look for keys in the TOML's `[liger_kernel]` that do not exist.
-
-    Raises:
-        ValueError: with the key, its value, and the nearest key that exists.
-    """
-    known = [field.name for field in fields(LigerKernel)]
-    for other in difflib.get_close_matches(
-        "liger_kernel", set(toml) - {"liger_kernel"}
-    ):
-        raise ValueError(
-            f"{path}: there is no section [{other}]; did you mean liger_kernel?"
-        )
-    section = toml.get("liger_kernel", {})
-    if not isinstance(section, Mapping):
-        raise ValueError(
-            f"{path}: liger_kernel is {section!r}; it must be a section, [liger_kernel]"
-        )
-    for key, value in section.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}."
-            raise ValueError(
-                f"{path}: [liger_kernel] has no key {key} (its value is {value!r}); {hint}"
-            )

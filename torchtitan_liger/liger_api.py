@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from packaging.version import InvalidVersion, Version
 
-from torchtitan_liger.head_loss.calls import Call, prepare, scale_gradient
+from torchtitan_liger.head_loss.calls import (
+    Call,
+    kept_rows,
+    prepare,
+    scale_gradient,
+)
 from torchtitan_liger.head_loss.chunking import ChunkPlan, budget_bytes, make_plan
 from torchtitan_liger.head_loss.engine import HeadLossOutput
 from torchtitan_liger.head_loss.options import HeadLossOptions
@@ -117,6 +122,7 @@ class LigerHeadLoss:
         normalizer: torch.Tensor | float = 1,
         shard: VocabShard | None = None,
         check_labels: bool = True,
+        num_labeled: int | None = None,
     ) -> HeadLossOutput:
         """As `HeadLoss.__call__`.
 
@@ -137,8 +143,16 @@ class LigerHeadLoss:
             ignore_index=self.options.ignore_index,
             check_labels=check_labels,
         )
+        kept_N, scale, _ = kept_rows(
+            call, self.options.ignore_index, check_labels, num_labeled
+        )
+        call = call._replace(scale=scale)
+        hidden_TD = call.hidden_TD
+        if kept_N is not None:
+            hidden_TD = hidden_TD.index_select(0, kept_N)
+            call = call._replace(labels_T=call.labels_T[kept_N])
         loss, z_loss = _LigerFunction.apply(
-            call.hidden_TD, weight, call, self.options, torch.is_grad_enabled()
+            hidden_TD, weight, call, self.options, torch.is_grad_enabled()
         )
         if not self.options.z_loss:
             return HeadLossOutput(loss, {"cross_entropy": loss.detach()}, {})
@@ -155,6 +169,8 @@ class LigerHeadLoss:
         vocab_size: int,
         dtype: torch.dtype,
         device_type: str,
+        *,
+        sharded: bool = False,
     ) -> ChunkPlan:
         """How a call with these sizes goes through its logits, and in which memory."""
         budget = budget_bytes(

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from torchtitan_liger.head_loss import HeadLoss, HeadLossOutput, VocabShard
+from torchtitan_liger.head_loss import HeadLoss, HeadLossOutput, Teacher, VocabShard
 from torchtitan_liger.liger_api import LigerHeadLoss
 
 
@@ -66,12 +66,17 @@ class LMHead(nn.Linear):
         self,
         hidden: torch.Tensor,
         labels: torch.Tensor | None = None,
+        *,
+        head_loss: HeadLoss | LigerHeadLoss | None = None,
+        teacher_logits: torch.Tensor | None = None,
         **call: Any,
     ) -> torch.Tensor | HeadLossOutput:
         """
         Args:
             hidden: [B, L, D] hidden states.
             labels: [B, L] labels, or None for logits.
+            head_loss: another loss than the head's own.
+            teacher_logits: [B, L, V] what a distillation learns from.
             call: keyword arguments of `HeadLoss.__call__`, such as `normalizer`.
 
         Returns:
@@ -84,15 +89,20 @@ class LMHead(nn.Linear):
             if self.gather_logits and isinstance(logits, DTensor):
                 logits = logits.full_tensor()
             return logits
-        if self.head_loss is None:
+        head_loss = head_loss or self.head_loss
+        if head_loss is None:
             raise RuntimeError(
                 "this LM head has no loss: set liger_kernel."
                 "enable_fused_linear_cross_entropy, or assign head.head_loss"
             )
-        if torch.is_grad_enabled() and self.head_loss.impl != "reference":
+        if torch.is_grad_enabled() and head_loss.impl != "reference":
             self.num_fused_calls += 1
         hidden, weight, shard = _local_inputs(hidden, self.weight, self.tp_mesh)
-        return self.head_loss(hidden, weight, labels, shard=shard, **call)
+        if teacher_logits is not None:
+            start = 0 if shard is None else shard.start
+            columns = slice(start, start + weight.shape[0])
+            call["teacher"] = Teacher(logits=teacher_logits[..., columns])
+        return head_loss(hidden, weight, labels, shard=shard, **call)
 
 
 def _local_inputs(

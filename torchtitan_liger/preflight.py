@@ -2,9 +2,12 @@
 
 A few tokens on each rank go through the decoder and the fused head, forward and backward,
 exactly as in training. Their hidden states are then gathered, and the same loss and
-gradients computed from full logits in float64, sharing no code with the engine. The
-error that may remain is the one that plain full logits have in this job's dtype, times
-`MARGIN`.
+gradients computed from full logits in float64, sharing no code with the engine but the
+terms' own formulas. The error that may remain is the one that plain full logits have in
+this job's dtype, times `MARGIN`.
+
+Terms that read more from the batch than labels are left out; if nothing is left, the
+cross entropy stands in for them.
 
 `N` tokens with a label on all ranks, `D` width, `V` vocabulary, `v` the columns whose
 gradient this rank holds.
@@ -17,11 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -29,8 +31,11 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import device_module
 
+from torchtitan_liger.full_logits import Gradients, Sample, full_logits_gradients
+from torchtitan_liger.head_loss import CrossEntropy, HeadLoss, SequenceTerm
 from torchtitan_liger.head_loss.calls import products_dtype
-from torchtitan_liger.head_loss.options import HeadLossOptions
+from torchtitan_liger.head_loss_plan import inputs_of
+from torchtitan_liger.liger_api import LigerHeadLoss
 from torchtitan_liger.lm_head import LMHead
 
 MARGIN = 2.0
@@ -39,7 +44,6 @@ FLOOR = 1e-5
 # Tokens with a label, over all ranks: enough to tell 1 % of an error, cheap in float64.
 MOST_LABELS = 512
 LENGTH = 128
-BLOCK = 16384  # columns, or 64 tokens, at a time in float64
 
 QUANTITIES = ("loss", "d_hidden", "d_weight")
 
@@ -66,6 +70,8 @@ class PreflightReport:
     """The largest errors allowed: those of full logits in `dtype`, times `MARGIN`."""
     num_labels: int
     seconds: float
+    left_out: tuple[str, ...] = ()
+    """The terms that read more from the batch than labels."""
 
     @property
     def passed(self) -> bool:
@@ -77,9 +83,10 @@ class PreflightReport:
             f"{name} {self.errors[name]:.1e} (at most {self.bounds[name]:.1e})"
             for name in QUANTITIES
         )
+        without = f" without {', '.join(self.left_out)}" if self.left_out else ""
         return (
             f"Preflight {'passed' if self.passed else 'FAILED'}: {self.impl} head in "
-            f"{str(self.dtype).removeprefix('torch.')} on {self.layout}, relative "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.layout}{without}, relative "
             f"errors against float64: {figures}; {self.num_labels} tokens, "
             f"{self.seconds:.2f} s"
         )
@@ -112,11 +119,13 @@ def check_head(
     head = model.get_submodule("output")
     assert isinstance(head, LMHead)
     assert head.head_loss is not None
+    head_loss, left_out = _without_batch_inputs(head.head_loss)
     calls = head.num_fused_calls
     with _no_trace(model):
         fused, sample = _fused_step(
             model,
             head,
+            head_loss,
             parallel_dims,
             prepare_batch,
             train_context,
@@ -127,9 +136,8 @@ def check_head(
         weight_VD = _full(head.weight.detach())
         columns = _columns(head.weight)
     head.num_fused_calls = calls
-    options = head.head_loss.options
-    truth = _full_logits(sample, weight_VD, columns, options, torch.float64)
-    stock = _full_logits(sample, weight_VD, columns, options, sample.dtype)
+    truth = full_logits_gradients(sample, weight_VD, columns, head_loss, torch.float64)
+    stock = full_logits_gradients(sample, weight_VD, columns, head_loss, sample.dtype)
     # torchtitan's data parallelism by replicas alone averages what are sums.
     replicas = parallel_dims.dp_replicate if not parallel_dims.fsdp_enabled else 1
     fused = fused._replace(d_weight=fused.d_weight * replicas)
@@ -137,12 +145,13 @@ def check_head(
     errors, bounds = _relative_errors([fused, stock], truth)
     report = PreflightReport(
         layout=_layout(parallel_dims),
-        impl=head.head_loss.impl,
+        impl=head_loss.impl,
         dtype=sample.dtype,
         errors=errors,
         bounds={name: MARGIN * error + FLOOR for name, error in bounds.items()},
         num_labels=len(sample.labels_N),
         seconds=time.perf_counter() - start,
+        left_out=left_out,
     )
     if not report.passed:
         raise PreflightError(
@@ -153,31 +162,33 @@ def check_head(
     return report
 
 
-class _Sample(NamedTuple):
-    """The tokens with a label of all ranks, and which of them are this rank's."""
-
-    hidden_ND: torch.Tensor  # as the head saw them
-    labels_N: torch.Tensor
-    mine: slice
-    dtype: torch.dtype  # of the head's products
-
-
-class _Gradients(NamedTuple):
-    loss: torch.Tensor  # [] over all ranks
-    d_hidden: torch.Tensor  # [n, D] this rank's tokens with a label
-    d_weight: torch.Tensor  # [v, D] this rank's shard of the sum over all ranks
+def _without_batch_inputs(
+    head_loss: HeadLoss | LigerHeadLoss,
+) -> tuple[HeadLoss | LigerHeadLoss, tuple[str, ...]]:
+    """A loss of labels alone, and the names of the terms that are missing from it."""
+    left_out = [
+        term
+        for term in head_loss.terms
+        if inputs_of(term) or isinstance(term, SequenceTerm)
+    ]
+    if not left_out:
+        return head_loss, ()
+    kept = [term for term in head_loss.terms if term not in left_out and term.weight]
+    alone = HeadLoss(kept or [CrossEntropy()], head_loss.options)
+    return alone, tuple(term.name for term in left_out)
 
 
 def _fused_step(
     model: nn.Module,
     head: LMHead,
+    head_loss: HeadLoss | LigerHeadLoss,
     dims: ParallelDims,
     prepare_batch: PrepareBatch,
     train_context: Callable[[], AbstractContextManager[None]],
     amp: AbstractContextManager[None],
     seq_len: int,
     device: torch.device,
-) -> tuple[_Gradients, _Sample]:
+) -> tuple[Gradients, Sample]:
     """One step of training on a few tokens, and what went into its head."""
     tokens_1L, labels_1L = _draw_batch(head.out_features, dims, seq_len, device)
     inputs, labels, extra_inputs, extra_kwargs = prepare_batch(
@@ -195,20 +206,20 @@ def _fused_step(
                 # Only the head's share of the gradient is to be compared.
                 hidden = hidden.detach().requires_grad_()
             hidden.retain_grad()
-            loss = head(hidden, labels, normalizer=total).loss
+            loss = head(hidden, labels, head_loss=head_loss, normalizer=total).loss
             dtype = products_dtype(hidden, _local(head.weight))
         loss.backward()
     assert hidden.grad is not None
     assert head.weight.grad is not None
     valid = labels != IGNORE_INDEX
     mine_nD = _full(hidden.detach())[valid]
-    sample = _Sample(
+    sample = Sample(
         hidden_ND=torch.cat(_gather(mine_nD, dims)),
         labels_N=torch.cat(_gather(labels[valid], dims)),
         mine=_slice_of_this_rank(num_labels, dims),
         dtype=dtype if dtype in (torch.bfloat16, torch.float16) else hidden.dtype,
     )
-    fused = _Gradients(
+    fused = Gradients(
         loss=torch.stack(_gather(loss.detach()[None], dims)).sum(),
         d_hidden=_full(hidden.grad)[valid],
         d_weight=_local(head.weight.grad).clone(),
@@ -238,59 +249,11 @@ def _draw_batch(
     return tokens_1L.to(device), labels_1L.to(device)
 
 
-def _full_logits(
-    sample: _Sample,
-    weight_VD: torch.Tensor,
-    columns: slice,
-    options: HeadLossOptions,
-    dtype: torch.dtype,
-) -> _Gradients:
-    """Loss and gradients from full logits, with products in `dtype`.
-
-    In float64 this is the truth; in the job's own dtype it is what stock training does.
-    """
-    wide = torch.promote_types(dtype, torch.float32)
-    loss = torch.zeros((), dtype=wide, device=weight_VD.device)
-    d_hidden, total = [], max(1, len(sample.labels_N))
-    d_weight = torch.zeros_like(weight_VD[columns], dtype=wide)
-    with torch.autocast(weight_VD.device.type, enabled=False):
-        for start in range(0, len(sample.labels_N), 64):
-            hidden_nD = sample.hidden_ND[start : start + 64].to(sample.dtype).to(dtype)
-            labels_n = sample.labels_N[start : start + 64]
-            blocks = [b.to(sample.dtype).to(dtype) for b in weight_VD.split(BLOCK)]
-            logits_nV = torch.cat([hidden_nD @ b.T for b in blocks], dim=1)
-            logits_nV.requires_grad_()
-            part = _head_loss(logits_nV.to(wide), labels_n, options) / total
-            (d_logits_nV,) = torch.autograd.grad(part, logits_nV)
-            loss += part.detach()
-            d_parts = d_logits_nV.split(BLOCK, dim=1)
-            d_hidden.append(
-                sum((d @ b).to(wide) for d, b in zip(d_parts, blocks, strict=True))
-            )
-            d_weight += (d_logits_nV[:, columns].T @ hidden_nD).to(wide)
-    d_hidden_ND = torch.cat([*d_hidden, weight_VD.new_empty(0, weight_VD.shape[1])])
-    return _Gradients(loss, d_hidden_ND[sample.mine].to(dtype), d_weight.to(dtype))
-
-
-def _head_loss(
-    logits_nV: torch.Tensor, labels_n: torch.Tensor, options: HeadLossOptions
-) -> torch.Tensor:
-    if options.logit_softcap:
-        logits_nV = options.logit_softcap * torch.tanh(
-            logits_nV / options.logit_softcap
-        )
-    logits_nV = logits_nV / options.temperature
-    loss = F.cross_entropy(
-        logits_nV, labels_n, reduction="sum", label_smoothing=options.label_smoothing
-    )
-    return loss + options.z_loss * logits_nV.logsumexp(dim=1).square().sum()
-
-
 def _relative_errors(
-    candidates: list[_Gradients], truth: _Gradients
+    candidates: list[Gradients], truth: Gradients
 ) -> list[dict[str, float]]:
     """For each candidate, over all ranks: norm of the difference / norm of the truth."""
-    zero = _Gradients(*(torch.zeros_like(t) for t in truth))
+    zero = Gradients(*(torch.zeros_like(t) for t in truth))
     squares = [
         (x.double() - t.double()).square().sum()
         for candidate in (zero, *candidates)

@@ -16,7 +16,7 @@ def main() -> None:
 
     from torchtitan.train import main as torchtitan_main
 
-    from torchtitan_liger.config_validator import check_keys
+    from torchtitan_liger.config_checks import check_keys
     from torchtitan_liger.trainer import LigerTrainer
 
     path, toml = read_toml(sys.argv[1:])

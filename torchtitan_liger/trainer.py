@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torchtitan.components.loss import IGNORE_INDEX
@@ -15,6 +16,8 @@ from torchtitan.train import Trainer
 from torchtitan_liger import data, models
 from torchtitan_liger.config_validator import model_args, resolve, settings
 from torchtitan_liger.head_loss.calls import check_label_range
+from torchtitan_liger.head_loss_plan import NUM_LABELED, TOKEN_WEIGHTS
+from torchtitan_liger.head_loss_report import HeadLossReport
 from torchtitan_liger.lm_head import LMHead
 from torchtitan_liger.preflight import check_head
 
@@ -35,11 +38,14 @@ class LigerTrainer(Trainer):
         data.register_datasets(job_config.training.text_field)
         # Before any model is built.
         self.head_loss_plan = resolve(job_config)
+        self.head_loss_report = HeadLossReport()
         if self.head_loss_plan.warning:
             logger.warning(self.head_loss_plan.warning)
         super().__init__(job_config)
         if self.head_loss_plan.enabled:
             logger.info(self.head_loss_plan.announcement())
+            if not self.head_loss_plan.is_plain:
+                logger.info(f"The head's loss is {self.head_loss_plan.formula}")
             self._log_memory_plan()
 
     @property
@@ -57,6 +63,10 @@ class LigerTrainer(Trainer):
         for input_dict, labels in super().batch_generator(data_iterable):
             if self.head_loss_plan.enabled:
                 check_label_range(labels, self.model_args.vocab_size, IGNORE_INDEX)
+                # Counted here, while nobody has to wait for a GPU. torchtitan moves the
+                # tensors of the dict and leaves the rest alone.
+                num_labeled: Any = int((labels != IGNORE_INDEX).sum())
+                input_dict = {**input_dict, NUM_LABELED: num_labeled}
             yield input_dict, labels
 
     def forward_backward_step(
@@ -77,24 +87,60 @@ class LigerTrainer(Trainer):
                 labels=labels,
                 global_valid_tokens=global_valid_tokens,
             )
+        input_dict = dict(input_dict)
+        num_labeled: Any = input_dict.pop(NUM_LABELED, None)
+        rows, input_dict = self.head_loss_plan.split_batch(input_dict)
+        self.head_loss_plan.check_rows(rows, input_dict)
         inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(
             input_dict, labels
         )
+        if self.parallel_dims.cp_enabled:
+            rows = shard_rows(rows, extra_kwargs["positions"])
+            num_labeled = None  # of all ranks' shares
         (model,) = self.model_parts
         with self.train_context():
             with self.maybe_enable_amp:
                 hidden_BLD = model(
                     inputs, **extra_inputs, **extra_kwargs, return_hidden_states=True
                 )
-                loss = self.lm_head(
+                output = self.lm_head(
                     hidden_BLD,
                     labels,
                     normalizer=global_valid_tokens,
                     check_labels=False,  # batch_generator has
-                ).loss
+                    num_labeled=num_labeled,
+                    **rows,
+                )
             del hidden_BLD
-            loss.backward()
-        return loss
+            output.loss.backward()
+        self.head_loss_report.add(output, weighted=TOKEN_WEIGHTS in rows)
+        return output.loss
+
+    def train_step(self, data_iterator: Iterator[Batch]) -> None:
+        """As torchtitan's; logs what the loss consists of where torchtitan logs it."""
+        self.head_loss_report.clear()
+        super().train_step(data_iterator)
+        if self.head_loss_plan.enabled and self.metrics_processor.should_log(self.step):
+            self._log_head_loss()
+
+    def _log_head_loss(self) -> None:
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        group = None if mesh is None else mesh.get_group()
+        values = self.head_loss_report.values(group)
+        if self.head_loss_plan.has_perplexity and not self.head_loss_report.weighted:
+            # In torch: Python's own raises where this is infinite.
+            nats = torch.tensor(values["cross_entropy"], dtype=torch.float64)
+            values["perplexity"] = nats.exp().item()
+        self.metrics_processor.logger.log(
+            {f"head_loss/{name}": value for name, value in values.items()}, self.step
+        )
+        if not self.head_loss_plan.is_plain:
+            color = self.metrics_processor.color
+            listed = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
+            logger.info(
+                f"{color.red}step: {self.step:2}  {color.green}head_loss: "
+                f"{listed}{color.reset}"
+            )
 
     def train(self) -> None:
         """As torchtitan's; says at the end how often the fused loss ran."""
@@ -151,5 +197,19 @@ class LigerTrainer(Trainer):
             -(-head.out_features // parallel.tp),
             dtype or torch.float32,
             self.device.type,
+            sharded=parallel.tp > 1,
         )
         logger.info(f"The LM head holds {plan}")
+
+
+def shard_rows(
+    rows: Mapping[str, torch.Tensor], positions_Bl: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """This rank's part of tensors [B, L, ...] under context parallelism.
+
+    Args:
+        positions_Bl: which tokens of the whole sequence this rank has, in its order:
+            torchtitan shards them as it does the labels.
+    """
+    batch_B1 = torch.arange(len(positions_Bl), device=positions_Bl.device)[:, None]
+    return {name: row_BL[batch_B1, positions_Bl] for name, row_BL in rows.items()}

@@ -19,11 +19,16 @@ from torchtitan_liger.lm_head import LMHead
 
 
 class LigerValidator(Validator):
-    """torchtitan's validator with the loss from the head, as in training.
+    """torchtitan's validator with the loss from the head.
 
-    The loss is the mean over all tokens with a label, of all batches and ranks.
-    torchtitan 0.2.2's own is the mean over batches of the mean over a batch's tokens.
+    The loss is the cross entropy alone, whatever is trained on, as the mean over all
+    tokens with a label, of all batches and ranks. torchtitan 0.2.2's own is the mean over
+    batches of the mean over a batch's tokens.
     """
+
+    def __init__(self, job_config: JobConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(job_config, *args, **kwargs)
+        self.plan = resolve(job_config)
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
@@ -31,6 +36,7 @@ class LigerValidator(Validator):
         (model,) = model_parts
         head = model.get_submodule("output")
         assert isinstance(head, LMHead)
+        cross_entropy = self.plan.plain_cross_entropy()
         model.eval()
         # Float64 sums: one number for up to billions of tokens.
         totals = torch.zeros(2, dtype=torch.float64, device=device_type)
@@ -40,6 +46,7 @@ class LigerValidator(Validator):
                 break
             check_label_range(labels, head.out_features, IGNORE_INDEX)
             self.metrics_processor.ntokens_since_last_log += labels.numel()
+            _, input_dict = self.plan.split_batch(input_dict)
             input_dict = {k: v.to(device_type) for k, v in input_dict.items()}
             inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(
                 input_dict, labels.to(device_type), model_parts
@@ -48,7 +55,9 @@ class LigerValidator(Validator):
                 hidden_BLD = model(
                     inputs, **extra_inputs, **extra_kwargs, return_hidden_states=True
                 )
-                loss_sum = head(hidden_BLD, labels, check_labels=False).loss
+                loss_sum = head(
+                    hidden_BLD, labels, head_loss=cross_entropy, check_labels=False
+                ).loss
             totals += torch.stack([loss_sum.double(), (labels != IGNORE_INDEX).sum()])
         mesh = self.parallel_dims.get_optional_mesh("loss")
         loss_sum, num_tokens = (dist_utils.dist_sum(total, mesh) for total in totals)

@@ -8,6 +8,7 @@ Each is a function that returns what a test then looks at.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -22,24 +23,31 @@ from tests.helpers import Problem, full_logits, relative_error
 import torch  # isort: skip
 import torch.distributed as dist  # isort: skip
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard  # isort: skip
+from torchtitan.distributed.context_parallel import (  # isort: skip
+    prepare_context_parallel_input,
+)
 from torchtitan_liger import lm_head, preflight  # isort: skip
+from torchtitan_liger.trainer import shard_rows  # isort: skip
 from torchtitan_liger.head_loss import (  # isort: skip
     CrossEntropy,
     EntropyBonus,
     HeadLoss,
     HeadLossOptions,
     PolicyGradient,
+    ReferenceKL,
     VocabShard,
     ZLoss,
     chunked,
     vocab_parallel,
 )
 
+RL = "head_loss.policy_gradient.weight=0.5 head_loss.reference_kl.weight=0.1"
 LAYOUTS = {
     "FSDP2": Case("FSDP2", 2),
     "FSDP2, bf16": Case("FSDP2, bf16", 2, dtype="bfloat16"),
     "TP": Case("TP", 2, f"{TP}=2"),
     "DDP": Case("DDP", 2, f"{REPLICATE}=2 {FSDP}=1"),
+    "TP, terms of the batch": Case("TP, terms of the batch", 2, f"{TP}=2 {RL}"),
 }
 
 
@@ -90,11 +98,13 @@ def run_preflight(trainer: Any) -> preflight.PreflightReport:
 def weight_read_from_outside() -> Iterator[None]:
     """FSDP's hooks do not run: each rank keeps its own gradient."""
 
-    def call(self: lm_head.LMHead, hidden: Any, labels: Any, **kwargs: Any) -> Any:
+    def call(
+        self: lm_head.LMHead, hidden: Any, labels: Any, head_loss: Any, **kwargs: Any
+    ) -> Any:
         weight = self.weight
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()
-        return self.head_loss(hidden, weight, labels, **kwargs)
+        return head_loss(hidden, weight, labels, **kwargs)
 
     with mock.patch.object(lm_head.LMHead, "__call__", call):
         yield
@@ -245,6 +255,79 @@ def sharded_terms() -> float:
     return worst.item()
 
 
+def terms_of_the_batch() -> dict[str, float]:
+    """Largest error of a logged term against one process, by layout."""
+    g = torch.Generator().manual_seed(3)
+    shape = matrix.NUM_SEQUENCES, matrix.LENGTH
+    rows = {
+        "advantages": torch.randn(shape, generator=g),
+        "old_logp": -7 + torch.randn(shape, generator=g),
+        "ref_logp": -7 + torch.randn(shape, generator=g),
+        "token_weights": torch.rand(shape, generator=g),
+    }
+    terms = [CrossEntropy(), PolicyGradient(weight=0.5), ReferenceKL(0.1)]
+    errors = {}
+    for name, layout in {"FSDP2": "", "TP": f"{TP}=2"}.items():
+        case = Case(name, 2, f"{layout} {RL}")
+        groups = matrix.data_groups(case)
+        data = matrix.sequences(matrix.VOCABULARY, groups, silent_rank=False)
+        model = matrix.build_model(case)
+        labels = data[:, 1]
+        truth = HeadLoss(terms)(
+            model(data[:, 0], return_hidden_states=True),
+            model.output.weight,
+            labels,
+            normalizer=(labels != -100).sum(),
+            **rows,
+        )
+
+        trainer = matrix.build_trainer(case, fused=True)
+        logged: dict[str, float] = {}
+        metrics = trainer.metrics_processor
+        metrics.log = lambda *_, **__: None  # type: ignore[method-assign]
+        metrics.logger.log = functools.partial(_update, logged)  # type: ignore[method-assign]
+        dims = trainer.parallel_dims
+        rank = dims.get_mesh("batch").get_local_rank() if dims.dp_enabled else 0
+        dealt = {
+            n: row.unflatten(0, (case.micro_batches, groups, -1))[:, rank]
+            for n, row in rows.items()
+        }
+        batches = matrix.micro_batches(data, case.micro_batches, rank, groups)
+        trainer.step = 1
+        trainer.train_step(
+            ({**inputs, **{n: row[i] for n, row in dealt.items()}}, labels)
+            for i, (inputs, labels) in enumerate(batches)
+        )
+        trainer.close()
+        assert "head_loss/perplexity" not in logged  # tokens have weights
+        errors[name] = max(
+            relative_error(torch.tensor(logged[f"head_loss/{n}"]), value)
+            for n, value in {**truth.terms, **truth.metrics}.items()
+        )
+    return errors
+
+
+def _update(logged: dict[str, float], found: dict[str, float], _step: int) -> None:
+    logged.update(found)
+
+
+def context_parallel_rows() -> bool:
+    """Whether tensors of the batch are cut as torchtitan cuts the labels."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    labels_BL = torch.arange(3 * 16).view(3, 16)
+    row_BLK = torch.stack([labels_BL, -labels_BL], dim=-1)
+    alike = []
+    for balancer in ("headtail", None):
+        inputs, labels, kwargs = prepare_context_parallel_input(
+            labels_BL, labels_BL, {}, mesh, torch.device("cpu"), balancer
+        )
+        rows = shard_rows({"x": labels_BL, "xs": row_BLK}, kwargs["positions"])
+        assert labels.shape == (3, 8)
+        alike.append(torch.equal(rows["x"], labels))
+        alike.append(torch.equal(rows["xs"], torch.stack([inputs, -inputs], dim=-1)))
+    return all(alike)
+
+
 def head_of_dtensors() -> dict[str, float]:
     """Largest errors of `LMHead` under tensor parallelism, by layout of its input."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
@@ -325,6 +408,8 @@ def bad_labels() -> str:
 CHECKS: tuple[Callable[[], Any], ...] = (
     sharded_vocabulary,
     sharded_terms,
+    terms_of_the_batch,
+    context_parallel_rows,
     head_of_dtensors,
     bad_labels,
     uneven_shards_in_many_chunks,

@@ -76,6 +76,26 @@ def test_a_mixture_of_terms_over_uneven_and_empty_shards_is_exact(launch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["FSDP2", "TP"])
+def test_terms_that_read_the_batch_are_logged_as_one_process_has_them(layout, launch):
+    errors = launch("tests.distributed.checks", 2)[0]["terms_of_the_batch"]
+    assert errors[layout] < 1e-5
+
+
+@pytest.mark.slow
+def test_context_parallelism_cuts_tensors_of_the_batch_as_the_labels(launch):
+    assert launch("tests.distributed.checks", 2)[0]["context_parallel_rows"]
+
+
+@pytest.mark.slow
+def test_preflight_says_which_terms_it_leaves_out(launch):
+    lines = launch("tests.distributed.checks", 2)[0]["preflight_passes"]
+    line = lines["TP, terms of the batch"]
+    assert line.startswith("Preflight passed: chunked head in")
+    assert " without policy_gradient, reference_kl, " in line
+
+
+@pytest.mark.slow
 def test_uneven_shards_cut_their_tokens_alike(launch):
     error = launch("tests.distributed.checks", 2)[0]["uneven_shards_in_many_chunks"]
     assert error < 1e-12

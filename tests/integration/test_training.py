@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import site
@@ -49,7 +50,12 @@ STEPS = "--training.steps=20"
 def test_off_and_on_are_the_same_training(tmp):
     _, off = train(tmp, "off", STEPS)
     _, on = train(tmp, "on", STEPS, FLAG)
-    assert list(off) == list(on)  # the same tags
+    more = {"cross_entropy", "accuracy", "max_prob", "perplexity"}
+    assert on.keys() - off.keys() == {f"head_loss/{name}" for name in more}
+    assert off.keys() <= on.keys()
+    assert on["head_loss/cross_entropy"] == on[LOSS]
+    perplexity = on["head_loss/perplexity"][20]
+    assert perplexity == pytest.approx(math.exp(on[LOSS][20]), rel=1e-5)
     assert list(off[LOSS]) == list(on[LOSS]) == list(range(1, 21))
     for step in off[LOSS]:
         assert on[LOSS][step] == pytest.approx(off[LOSS][step], rel=1e-5)

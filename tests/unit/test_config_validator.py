@@ -13,7 +13,6 @@ from torchtitan_liger.config_validator import (
     FLAG_OFF,
     RULES,
     Environment,
-    check_keys,
     check_vocabulary,
     model_args,
     resolve,
@@ -170,27 +169,77 @@ def test_a_converter_of_other_layers_is_none_of_our_business():
 def test_the_readme_has_the_table_and_each_row_a_test_above():
     assert support_table() in (ROOT / "README.md").read_text()
     # A new row needs a new test: for the third one see test_lm_head.
-    assert len(RULES) == 8
+    assert len(RULES) == 11
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("impl", "ligr", "must be one of 'auto', 'liger', 'chunked', 'reference'"),
-        ("fallback", "ignore", "must be one of 'warn', 'error'"),
-        ("acc_dtype", "float16", "must be one of 'float32', 'bfloat16'"),
-        ("logits_memory_mib", -1, "must be 0"),
-        ("logits_memory_mib", "256", "must be a whole number"),
-        ("enable_fused_linear_cross_entropy", "yes", "must be true or false"),
-    ],
-)
-def test_values_out_of_range_are_named(field, value, message):
-    config = job(on=False)
-    setattr(config.liger_kernel, field, value)  # as a TOML can
-    with pytest.raises(
-        ValueError, match=rf"liger_kernel.{field} is {value!r}.*{message}"
-    ):
-        resolve(config, GPU)
+@pytest.mark.parametrize("term", ["gspo", "preference"])
+def test_terms_over_sequences_under_context_parallelism_are_refused(term):
+    args = (f"--head_loss.{term}.weight=1", "--parallelism.context_parallel_degree=2")
+    with pytest.raises(ValueError, match=f"head_loss.{term} needs whole sequences"):
+        resolve(job(*args), GPU)
+    assert resolve(job(args[0]), GPU).enabled
+
+
+OTHER_LOSSES = [
+    ("--head_loss.temperature=2", "head_loss.temperature = 2.0"),
+    ("--head_loss.focal.weight=0.5", "head_loss.focal.weight = 0.5"),
+    ("--head_loss.cross_entropy.weight=0.5", "head_loss.cross_entropy.weight = 0.5"),
+    ("--head_loss.z_loss.weight=0", "head_loss.z_loss.weight = 0.0"),
+    ("--head_loss.reference_kl.weight=1", "head_loss.reference_kl.weight = 1.0"),
+]
+
+
+@pytest.mark.parametrize(("option", "named"), OTHER_LOSSES)
+def test_losses_that_liger_lacks_are_chunked(option, named):
+    plan = resolve(job(option), GPU)
+    assert plan.impl == "chunked"
+    assert named in plan.reason
+    assert plan.warning == ""
+    assert named in resolve(job(option, "--liger_kernel.impl=liger"), GPU).warning
+    with pytest.raises(ValueError, match="--liger_kernel.impl chunked") as error:
+        resolve(job(option, "--liger_kernel.fallback=error"), GPU)
+    assert named in str(error.value)
+
+
+def test_losses_that_liger_has_stay_with_it():
+    plan = resolve(
+        job(
+            "--head_loss.z_loss.weight=1e-4",
+            "--head_loss.cross_entropy.label_smoothing=0.1",
+            "--head_loss.logit_softcap=30",
+        ),
+        GPU,
+    )
+    assert plan.impl == "liger"
+    options = plan.head_loss().options
+    assert (options.z_loss, options.label_smoothing) == (1e-4, 0.1)
+    assert options.logit_softcap == 30
+
+
+@pytest.mark.parametrize(("option", "named"), OTHER_LOSSES[1:])
+def test_terms_that_the_reference_lacks_are_refused(option, named):
+    with pytest.raises(ValueError, match="use --liger_kernel.impl chunked") as error:
+        resolve(job(option, "--liger_kernel.impl=reference"), GPU)
+    assert named in str(error.value)
+
+
+def test_the_reference_has_temperature_and_z_loss():
+    args = ("--head_loss.temperature=2", "--head_loss.z_loss.weight=1e-4")
+    plan = resolve(job(*args, "--liger_kernel.impl=reference"), GPU)
+    assert plan.impl == "reference"
+    assert plan.head_loss().options.temperature == 2
+
+
+def test_head_loss_settings_without_the_flag_are_refused():
+    with pytest.raises(ValueError, match=FLAG) as error:
+        resolve(job("--head_loss.z_loss.weight=1e-4", on=False), GPU)
+    assert "head_loss.z_loss.weight = 0.0001" in str(error.value)
+
+
+def test_a_config_module_without_head_loss_trains_on_cross_entropy():
+    config = job()
+    del config.head_loss
+    assert resolve(config, GPU).formula == "cross_entropy"
 
 
 def test_settings_reach_the_options():
@@ -216,15 +265,3 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused():
     check_vocabulary(job(), 16384)
     with pytest.raises(ValueError, match="has 16385 words, but .* only 16384"):
         check_vocabulary(job(), 16385)
-
-
-def test_an_unknown_key_is_named_with_its_value_and_its_neighbour():
-    check_keys({"liger_kernel": {"impl": "auto"}, "model": {}}, "a.toml")
-    with pytest.raises(ValueError, match=r"a.toml: .*no key impll .*'x'.* mean impl\?"):
-        check_keys({"liger_kernel": {"impll": "x"}}, "a.toml")
-    with pytest.raises(ValueError, match=r"no section \[liger_kernal\]; did you mean"):
-        check_keys({"liger_kernal": {"impl": "x"}}, "a.toml")
-    with pytest.raises(ValueError, match="liger_kernel is True; it must be a section"):
-        check_keys({"liger_kernel": True}, "a.toml")
-    with pytest.raises(ValueError, match="no key zzz .*logits_memory_mib"):
-        check_keys({"liger_kernel": {"zzz": 1}}, "a.toml")

@@ -15,12 +15,13 @@ PACKAGE = Path(torchtitan_liger.__file__).parent
 # From the bottom up. A module may import from the rows below its own.
 LAYERS = (
     {"job_config", "loss_curves", "device", "cli"},
-    {"loss_curves_judge"},
+    {"loss_curves_judge", "config_checks"},
     {"loss_curves_report"},
-    {"head_loss.options", "head_loss.chunking", "head_loss.calls"},
+    {"head_loss.options", "head_loss.chunking"},
     {"head_loss.statistics", "head_loss.reference", "head_loss.triton_kernels"},
     {"head_loss.terms", "head_loss.sweeps", "head_loss.vocab_parallel"},
     {"head_loss.policy_terms", "head_loss.distillation", "head_loss.triton_sweeps"},
+    {"head_loss.calls"},
     {"head_loss.evaluate"},
     {"head_loss.passes"},
     {"head_loss.chunked"},
@@ -29,6 +30,7 @@ LAYERS = (
     {"head_loss.functional"},
     {"head_loss"},
     {"liger_api", ""},
+    {"full_logits", "head_loss_config", "head_loss_plan", "head_loss_report"},
     {"lm_head", "config_validator", "data"},
     {"parallelize", "preflight", "validator"},
     {"models"},

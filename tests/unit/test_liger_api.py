@@ -178,7 +178,7 @@ def test_liger_rows_are_ligers_own(monkeypatch):
             return kernel[grid]
 
     monkeypatch.setattr(ops, "liger_cross_entropy_kernel", Spy())
-    problem = Problem(T=50, D=8, V=101)
+    problem = Problem(T=50, D=8, V=101, ignored=0)
     head_loss = LigerHeadLoss()
     for const in (1, 2, 5, 13):
         rows.clear()

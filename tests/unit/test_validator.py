@@ -11,7 +11,13 @@ from torch import nn
 
 from tests.conftest import HAS_GPU
 from torchtitan_liger import device
-from torchtitan_liger.head_loss import HeadLoss
+from torchtitan_liger.head_loss import (
+    CrossEntropy,
+    HeadLoss,
+    HeadLossOptions,
+    PolicyGradient,
+)
+from torchtitan_liger.head_loss_plan import HeadLossPlan
 from torchtitan_liger.lm_head import LMHead
 from torchtitan_liger.validator import LigerValidator
 
@@ -35,9 +41,13 @@ class Decoder(nn.Module):
         return self.tok_embeddings(tokens)
 
 
-def validate(model, batches, steps=-1):
+PLAIN = HeadLossPlan(True, "chunked", HeadLossOptions())
+
+
+def validate(model, batches, steps=-1, plan=PLAIN):
     """What a validator logs for these batches."""
     validator = LigerValidator.__new__(LigerValidator)
+    validator.plan = plan
     logged = {}
     validator.job_config = SimpleNamespace(validation=SimpleNamespace(steps=steps))
     validator.validation_dataloader = batches
@@ -115,3 +125,16 @@ def test_its_peak_memory_is_below_that_of_the_logits():
     validate(model, data)
     logits = length * vocab_size * 4
     assert device.peak_resident_bytes() - before < logits / 3
+
+
+def test_validation_is_plain_cross_entropy_whatever_is_trained_on():
+    model = Decoder()
+    plain = validate(model, [batch(9)])
+    terms = (CrossEntropy(0.1), PolicyGradient())
+    model.output.head_loss = HeadLoss(terms)
+    plan = HeadLossPlan(True, "chunked", HeadLossOptions(), terms)
+    assert validate(model, [batch(9)], plan=plan) == plain
+    # What the terms read in training is kept from the decoder.
+    inputs, labels = batch(9)
+    inputs["advantages"] = inputs["old_logp"] = torch.zeros(2, 8)
+    assert validate(model, [(inputs, labels)], plan=plan) == plain

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -89,8 +90,9 @@ def per_token(
 
 def kept_rows(
     call: Call, ignore_index: int, check_labels: bool, num_labeled: int | None
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The positions of the tokens with a label, None for all; and the call's scale.
+) -> tuple[torch.Tensor | None, torch.Tensor, bool]:
+    """The positions of the tokens that take part, None for all; the call's scale; and
+    whether all that take part are known to have a label.
 
     Nothing waits for a GPU, unless `check_labels` already has.
 
@@ -104,7 +106,7 @@ def kept_rows(
     on_host = valid_T.device.type == "cpu" or check_labels
     if num_labeled is None:
         if compiling or not on_host:
-            return None, scale
+            return None, scale, False
         num_labeled = int(valid_T.sum())
     else:
         scale = scale.masked_fill(valid_T.sum() != num_labeled, torch.nan)
@@ -113,10 +115,10 @@ def kept_rows(
                 f"num_labeled must be in [0, {num_tokens}], got {num_labeled}"
             )
     if num_labeled == num_tokens:
-        return None, scale
+        return None, scale, True
     # A stable sort keeps the order, and its result has a shape that is known here.
     order_T = torch.argsort(valid_T.to(torch.uint8), descending=True, stable=True)
-    return order_T[:num_labeled], scale
+    return order_T[:num_labeled], scale, True
 
 
 def products_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -166,9 +168,25 @@ def scale_gradient(
     """
     # With no dims, `factor` would first be rounded to the dtype of `grad`.
     factor = factor.reshape(1)
-    if dtype == grad.dtype and not _graph_is_kept():
-        return grad.mul_(factor)
-    return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+    in_place = dtype == grad.dtype and not _graph_is_kept()
+    out = grad if in_place else torch.empty_like(grad, dtype=dtype)
+    kernel = _scale_kernel(grad.device.type) if grad.is_contiguous() else None
+    if kernel is None:
+        return torch.mul(grad, factor, out=out)
+    kernel(grad, factor, out)
+    return out
+
+
+@lru_cache
+def _scale_kernel(device_type: str) -> Callable[..., None] | None:
+    """torch's own multiplication makes a pass also by one, and a slow one to bfloat16."""
+    if device_type != "cuda":
+        return None
+    try:
+        from torchtitan_liger.head_loss.triton_sweeps import scale
+    except ImportError:  # a torch without triton
+        return None
+    return scale
 
 
 def _graph_is_kept() -> bool:

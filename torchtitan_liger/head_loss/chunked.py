@@ -11,15 +11,15 @@ incoming gradient in the backward pass. Nothing here waits for a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from torchtitan_liger.head_loss.calls import scale_gradient
-from torchtitan_liger.head_loss.evaluate import TermValues, evaluate
+from torchtitan_liger.head_loss.evaluate import partials_of, values_of
 from torchtitan_liger.head_loss.passes import Chunk, HeadCall, Passes, Softmax
-from torchtitan_liger.head_loss.statistics import Mixture, Statistics
+from torchtitan_liger.head_loss.statistics import Coefficients, Partials
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
@@ -85,10 +85,16 @@ class ChunkedTokenLosses(torch.autograd.Function):
             passes = Passes(
                 hidden_TD, weight_vD, call, need_d_hidden=False, need_d_weight=False
             )
-            softmax = _all_softmaxes(passes)
+            softmax = Softmax.together([part for _, part, _ in _one_by_one(passes)])
+            statistics = passes.statistics(softmax)
             ones_N = torch.ones_like(call.labels_N, dtype=call.scale.dtype)
-            values = _evaluate(passes, softmax, slice(None), ones_N, call.with_grad)
-        ctx.call, ctx.softmax, ctx.partials = call, softmax, values.partials
+            values = values_of(
+                call.terms, statistics, call.rows, ones_N, passes.valid_N
+            )
+            partials = partials_of(
+                call.terms, statistics, call.rows, ones_N, passes.valid_N
+            )
+        ctx.call, ctx.softmax, ctx.partials = call, softmax, partials
         ctx.save_for_backward(hidden_TD, weight_vD)
         return values.by_row * call.scale
 
@@ -96,7 +102,7 @@ class ChunkedTokenLosses(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_TD, weight_vD = ctx.saved_tensors
-        call, partials = ctx.call, ctx.partials
+        call = ctx.call
         need_d_hidden, need_d_weight, _ = ctx.needs_input_grad
         by_N = grad_N.to(call.scale.dtype) * call.scale
         with torch.autocast(hidden_TD.device.type, enabled=False):
@@ -107,7 +113,7 @@ class ChunkedTokenLosses(torch.autograd.Function):
                 need_d_hidden=need_d_hidden,
                 need_d_weight=need_d_weight,
             )
-            _second_phase(passes, ctx.softmax, _times(partials, by_N))
+            _second_phase(passes, ctx.softmax, ctx.partials.times(by_N))
         grads = (
             None if grad is None else grad.to(x.dtype)
             for grad, x in zip(passes.totals(), (hidden_TD, weight_vD), strict=True)
@@ -152,45 +158,36 @@ def run(
             need_d_hidden=need_d_hidden,
             need_d_weight=need_d_weight,
         )
-        chunks: Iterator[tuple[slice, Softmax, Chunk | None]]
-        if call.two_phase:
-            chunks = iter([(slice(None), _all_softmaxes(passes), None)])
-        else:
-            chunks = _one_by_one(passes)
-        by_row_N = torch.empty_like(row_weight_N)
-        by_term = one.new_zeros(len(call.terms))
-        metrics = call.metrics.zeros(one)
-        with_partials = need_d_hidden or need_d_weight
+        with_grad = need_d_hidden or need_d_weight
         weight_N = early * row_weight_N
-        for rows, softmax, chunk in chunks:
-            values = _evaluate(passes, softmax, rows, weight_N[rows], with_partials)
-            by_row_N[rows] = values.by_row
-            by_term = by_term + values.by_term
-            here = {name: x[rows] for name, x in call.rows.items()}
-            metrics = call.metrics.add(
-                metrics,
-                call.metrics.of_rows(
-                    call.terms, softmax.statistics, here, passes.valid_N[rows]
-                ),
+        parts = []
+        for rows, softmax, chunk in _one_by_one(passes):
+            parts.append(softmax)
+            if with_grad and not call.two_phase:
+                passes.gradients(chunk, _coefficients(passes, softmax, rows, weight_N))
+        softmax = Softmax.together(parts)
+        # What is only reported comes last, for all tokens at once.
+        statistics, valid_N = passes.statistics(softmax), passes.valid_N
+        values = values_of(
+            call.terms, statistics, call.rows, weight_N, valid_N, call.sequences
+        )
+        metrics = call.metrics.of_rows(call.terms, statistics, call.rows, valid_N)
+        if with_grad and call.two_phase:
+            partials = partials_of(
+                call.terms, statistics, call.rows, weight_N, valid_N, call.sequences
             )
-            if values.partials is None:
-                continue
-            if chunk is None:
-                _second_phase(passes, softmax, values.partials)
-            else:
-                coefficients = passes.coefficients(values.partials, softmax)
-                passes.gradients(chunk, coefficients)
+            _second_phase(passes, softmax, partials)
     return Result(
-        (by_row_N * row_weight_N).sum() * call.scale,
-        by_row_N * call.scale,
-        by_term * late,
+        (values.by_row * row_weight_N).sum() * call.scale,
+        values.by_row * call.scale,
+        values.by_term * late,
         metrics,
         late,
         *passes.totals(),
     )
 
 
-def _one_by_one(passes: Passes) -> Iterator[tuple[slice, Softmax, Chunk | None]]:
+def _one_by_one(passes: Passes) -> Iterator[tuple[slice, Softmax, Chunk]]:
     """Each chunk with its softmax, while its logits are still there."""
     pending = None
     for rows in passes.call.chunks():
@@ -207,64 +204,26 @@ def _one_by_one(passes: Passes) -> Iterator[tuple[slice, Softmax, Chunk | None]]
         yield pending[0].rows, passes.softmax(*pending), pending[0]
 
 
-def _all_softmaxes(passes: Passes) -> Softmax:
-    """The softmax of all tokens; the logits are gone."""
-    parts = [softmax for _, softmax, _ in _one_by_one(passes)]
-    if len(parts) == 1:
-        return parts[0]
-    sums = {
-        name: torch.cat([part.sums[name] for part in parts], dim=-1)
-        for name in parts[0].sums
-    }
-    mixtures = [part.mixture for part in parts if part.mixture is not None]
-    mixture = (
-        Mixture(*map(torch.cat, zip(*mixtures, strict=True))) if mixtures else None
-    )
-    statistics = _together([part.statistics for part in parts])
-    return Softmax(sums, mixture, statistics)
-
-
-def _together(parts: Sequence[Statistics]) -> Statistics:
-    tensors: dict[str, Any] = {
-        name: torch.cat([getattr(part, name) for part in parts])
-        for name, x in parts[0]._asdict().items()
-        if isinstance(x, torch.Tensor)
-    }
-    return parts[0]._replace(**tensors)
-
-
-def _evaluate(
-    passes: Passes,
-    softmax: Softmax,
-    rows: slice,
-    row_weight_C: torch.Tensor,
-    with_partials: bool,
-) -> TermValues:
+def _coefficients(
+    passes: Passes, softmax: Softmax, rows: slice, weight_N: torch.Tensor
+) -> Coefficients:
+    """Of the gradient of the tokens in `rows`, whose softmax this is."""
     call = passes.call
-    sequences = call.sequences
-    return evaluate(
+    constant = all(term.slopes is not None for term in call.terms if term.weight)
+    statistics = None if constant else passes.statistics(softmax)
+    partials = partials_of(
         call.terms,
-        softmax.statistics,
+        statistics,
         {name: x[rows] for name, x in call.rows.items()},
-        row_weight_C,
+        weight_N[rows],
         passes.valid_N[rows],
-        with_partials=with_partials,
-        sequences=None if sequences is None else sequences.rows(rows),
+        None if call.sequences is None else call.sequences.rows(rows),
     )
+    return passes.coefficients(partials, softmax, statistics)
 
 
-def _second_phase(passes: Passes, softmax: Softmax, partials: Statistics) -> None:
+def _second_phase(passes: Passes, softmax: Softmax, partials: Partials) -> None:
     """The logits once more, in the same chunks and so to the same bits."""
-    coefficients = passes.coefficients(partials, softmax)
+    coefficients = passes.coefficients(partials, softmax, None)
     for rows in passes.call.chunks():
         passes.gradients(passes.logits(rows), coefficients.rows(rows))
-
-
-def _times(partials: Statistics, by_N: torch.Tensor) -> Statistics:
-    """Partials of a loss whose rows count `by_N` times."""
-    scaled: dict[str, Any] = {
-        name: x * (by_N if x.ndim == 1 else by_N[:, None])
-        for name, x in partials._asdict().items()
-        if isinstance(x, torch.Tensor)
-    }
-    return partials._replace(**scaled)

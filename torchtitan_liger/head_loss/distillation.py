@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,6 +123,11 @@ class Distillation(Term):
             return frozenset({"jsd"})
         forward = self.kind == "forward_kl" or (self.kind == "jsd" and self.beta == 0)
         return frozenset({"kl_fwd" if forward else "kl_rev"})
+
+    @property
+    def slopes(self) -> Mapping[str, float]:
+        (name,) = self.needs - {"teacher_entropy"}  # a constant
+        return {name: 1.0}
 
     @property
     def jsd_beta(self) -> float:

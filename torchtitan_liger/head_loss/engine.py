@@ -190,7 +190,7 @@ class HeadLoss:
         if teacher is not None:
             teacher = teacher.flat(labels.shape, num_columns)
 
-        kept_N, scale = kept_rows(
+        kept_N, scale, all_labeled = kept_rows(
             call, self.options.ignore_index, check_labels, num_labeled
         )
         labels_N, valid_N = call.labels_T, call.labels_T != self.options.ignore_index
@@ -216,6 +216,7 @@ class HeadLoss:
             labels_N=labels_N,
             rows=rows,
             kept_N=kept_N,
+            all_labeled=all_labeled,
             teacher=teacher,
             sequences=sequences,
             two_phase=two_phase,

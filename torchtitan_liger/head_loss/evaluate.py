@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchtitan_liger.head_loss.statistics import WITHOUT_GRADIENT, Statistics
+from torchtitan_liger.head_loss.statistics import WITHOUT_GRADIENT, Partials, Statistics
 from torchtitan_liger.head_loss.terms import Rows, Sequences, SequenceTerm, Term
 
 
 class Metrics:
-    """The names of what is reported beside the terms, and how chunks are put together."""
+    """What is reported beside the terms."""
 
     def __init__(self, terms: Sequence[Term]) -> None:
         needs = frozenset[str]().union(*(term.needs for term in terms))
@@ -26,12 +26,6 @@ class Metrics:
         self._position = [(own + of_terms).index(name) for name in self._order]
         self.names = tuple(self._order)
         self._num_sums = sum(not is_extreme(name) for name in self.names)
-
-    def zeros(self, like: torch.Tensor) -> torch.Tensor:
-        """[M], what no token at all gives."""
-        zeros = like.new_zeros(len(self.names))
-        zeros[self._num_sums :] = -torch.inf
-        return zeros
 
     def of_rows(
         self,
@@ -60,13 +54,8 @@ class Metrics:
         if not len(extremes_MC):
             return sums
         masked_MC = torch.where(valid_C, extremes_MC, -torch.inf)
-        return torch.cat([sums, masked_MC.amax(dim=1)])
-
-    def add(self, total: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-        sums = total[: self._num_sums] + more[: self._num_sums]
-        if self._num_sums == len(self.names):
-            return sums
-        extremes = torch.maximum(total[self._num_sums :], more[self._num_sums :])
+        nothing_M1 = torch.full_like(masked_MC[:, :1], -torch.inf)
+        extremes = torch.cat([masked_MC, nothing_M1], dim=1).amax(dim=1)
         return torch.cat([sums, extremes])
 
     def named(
@@ -89,80 +78,111 @@ def is_extreme(name: str) -> bool:
 
 
 class TermValues(NamedTuple):
-    """What the terms give back."""
+    """What the terms give, without gradient."""
 
     by_row: torch.Tensor  # [C] the weighted sum over terms
     by_term: torch.Tensor  # [N] weighted sums over rows, before the terms' weights
-    partials: Statistics | None  # d loss / d statistic
 
 
-def evaluate(
+def values_of(
     terms: Sequence[Term],
     stats: Statistics,
     rows: Rows,
     row_weight_C: torch.Tensor,
     valid_C: torch.Tensor,
-    *,
-    with_partials: bool,
     sequences: Sequences | None = None,
 ) -> TermValues:
-    """The terms' values and, if wanted, the partials of the loss by statistic.
-
-    Rows that are not valid count as zero, whatever they hold. A statistic that only terms
-    of weight zero read has no partials.
-    """
-    wanted = {"logp", "lse"}.union(*(term.needs for term in terms if term.weight))
-    leaves: dict[str, Any] = {}
-    with torch.enable_grad():
-        if with_partials:
-            for name, value in stats._asdict().items():
-                if isinstance(value, torch.Tensor):
-                    leaf = name in wanted and name not in WITHOUT_GRADIENT
-                    leaves[name] = value.detach().requires_grad_(leaf)
-            stats = stats._replace(**leaves)
-        losses = []
-        for term in terms:
-            with torch.set_grad_enabled(with_partials and bool(term.weight)):
-                if isinstance(term, SequenceTerm):
-                    assert sequences is not None
-                    losses.append(term.sequence_loss(stats, rows, sequences))
-                else:
-                    losses.append(term.loss(stats, rows))
-        # By Python numbers: a tensor of them would have to be copied to the GPU.
-        weighted = [
-            loss_C if term.weight == 1 else term.weight * loss_C
-            for term, loss_C in zip(terms, losses, strict=True)
-            if term.weight
-        ]
+    """Rows that are not valid count as zero, whatever they hold."""
+    with torch.no_grad():
+        losses = [_loss(term, stats, rows, sequences) for term in terms]
         by_row_C = torch.zeros_like(row_weight_C)
-        if weighted:
-            summed_C = weighted[0]
-            for loss_C in weighted[1:]:
-                summed_C = summed_C + loss_C
-            by_row_C = torch.where(valid_C, summed_C, 0.0)
-        loss = (by_row_C * row_weight_C).sum()
-    losses_NC = torch.stack([loss_C.detach() for loss_C in losses])
-    by_term_N = torch.where(valid_C, losses_NC * row_weight_C, 0.0).sum(dim=1)
-    partials = None
-    if with_partials:
-        names = [name for name, leaf in leaves.items() if leaf.requires_grad]
-        grads: Sequence[torch.Tensor]
-        if loss.requires_grad:
-            grads = torch.autograd.grad(
-                loss,
-                [leaves[name] for name in names],
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        else:
-            grads = [torch.zeros_like(leaves[name]) for name in names]
-        # Where a masked row holds an infinite number, autograd gives 0 * inf.
-        masked: dict[str, Any] = {
-            name: torch.where(
-                valid_C if grad.ndim == 1 else valid_C[:, None], grad, 0.0
-            )
-            for name, grad in zip(names, grads, strict=True)
+        for term, loss_C in zip(terms, losses, strict=True):
+            if term.weight:
+                # By Python numbers: a tensor would have to be copied to the GPU.
+                by_row_C = by_row_C + term.weight * loss_C
+        weighted_NC = torch.stack(losses) * row_weight_C
+        return TermValues(
+            torch.where(valid_C, by_row_C, 0.0),
+            torch.where(valid_C, weighted_NC, 0.0).sum(dim=1),
+        )
+
+
+def partials_of(
+    terms: Sequence[Term],
+    stats: Statistics | None,
+    rows: Rows,
+    row_weight_C: torch.Tensor,
+    valid_C: torch.Tensor,
+    sequences: Sequences | None = None,
+) -> Partials:
+    """The partials of `sum(row_weight * loss)` by statistic, each [C] or [C, K].
+
+    A statistic that no term of a weight other than zero reads has None.
+
+    Args:
+        stats: may be None if all terms have slopes.
+    """
+    weight_C = torch.where(valid_C, row_weight_C, 0.0)
+    partials: dict[str, Any] = {}
+
+    def add(name: str, grad: torch.Tensor) -> None:
+        partials[name] = partials[name] + grad if name in partials else grad
+
+    others = []
+    for term in terms:
+        slopes = term.slopes
+        if not term.weight:
+            continue
+        if slopes is None:
+            others.append(term)
+            continue
+        for name, slope in slopes.items():
+            add(name, weight_C * (slope * term.weight))
+    if others:
+        assert stats is not None
+        for name, grad in _by_autograd(
+            others, stats, rows, weight_C, valid_C, sequences
+        ).items():
+            add(name, grad)
+    partials.setdefault("logp", torch.zeros_like(weight_C))
+    return Partials(**partials)
+
+
+def _by_autograd(
+    terms: Sequence[Term],
+    stats: Statistics,
+    rows: Rows,
+    weight_C: torch.Tensor,
+    valid_C: torch.Tensor,
+    sequences: Sequences | None,
+) -> dict[str, torch.Tensor]:
+    wanted = {"logp", "lse"}.union(*(term.needs for term in terms)) - WITHOUT_GRADIENT
+    with torch.enable_grad():
+        leaves: dict[str, Any] = {
+            name: value.detach().requires_grad_(name in wanted)
+            for name, value in stats._asdict().items()
+            if isinstance(value, torch.Tensor)
         }
-        absent: dict[str, Any] = dict.fromkeys(Statistics._field_defaults)
-        partials = stats._replace(**(absent | masked))
-    return TermValues(by_row_C.detach(), by_term_N, partials)
+        stats = stats._replace(**leaves)
+        loss_C = torch.zeros_like(weight_C)
+        for term in terms:
+            loss_C = loss_C + term.weight * _loss(term, stats, rows, sequences)
+        loss = (torch.where(valid_C, loss_C, 0.0) * weight_C).sum()
+    if not loss.requires_grad:
+        return {}
+    grads = torch.autograd.grad(loss, [leaves[n] for n in wanted], allow_unused=True)
+    # Where a masked row holds an infinite number, autograd gives 0 * inf.
+    return {
+        name: torch.where(valid_C if grad.ndim == 1 else valid_C[:, None], grad, 0.0)
+        for name, grad in zip(wanted, grads, strict=True)
+        if grad is not None
+    }
+
+
+def _loss(
+    term: Term, stats: Statistics, rows: Rows, sequences: Sequences | None
+) -> torch.Tensor:
+    if isinstance(term, SequenceTerm):
+        assert sequences is not None
+        return term.sequence_loss(stats, rows, sequences)
+    return term.loss(stats, rows)

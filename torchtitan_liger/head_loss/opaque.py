@@ -96,6 +96,7 @@ def _head_loss(
         labels_N=labels_N,
         rows=dict(zip(names.split(","), rows, strict=True)) if rows else {},
         kept_N=kept_N,
+        all_labeled=kept_N is not None,
         teacher=None,
         sequences=None,
         two_phase=False,

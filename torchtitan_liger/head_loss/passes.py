@@ -30,6 +30,7 @@ from torchtitan_liger.head_loss.statistics import (
     OF_TEACHER,
     Coefficients,
     Mixture,
+    Partials,
     Statistics,
     Sums,
     coefficients_of,
@@ -51,6 +52,7 @@ class HeadCall(NamedTuple):
     labels_N: torch.Tensor
     rows: Rows  # each [N] or [N, K]
     kept_N: torch.Tensor | None  # positions of the N tokens among T; None for all
+    all_labeled: bool  # whether all N are known to have a label
     teacher: Teacher | None  # [T, ...]
     sequences: Sequences | None
     two_phase: bool  # all statistics before any gradient
@@ -76,11 +78,25 @@ class Chunk(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """Statistics over all columns, and what they came from."""
+    """What the sweeps have found out about some tokens, over all columns."""
 
     sums: Sums
     mixture: Mixture | None
-    statistics: Statistics
+
+    @staticmethod
+    def together(parts: Sequence[Softmax]) -> Softmax:
+        """Those of several chunks, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        sums = {
+            name: torch.cat([part.sums[name] for part in parts], dim=-1)
+            for name in parts[0].sums
+        }
+        mixtures = [part.mixture for part in parts if part.mixture is not None]
+        mixture = None
+        if mixtures:
+            mixture = Mixture(*map(torch.cat, zip(*mixtures, strict=True)))
+        return Softmax(sums, mixture)
 
 
 class Passes:
@@ -144,12 +160,14 @@ class Passes:
     def logits(self, rows: slice) -> Chunk:
         """Product 1."""
         kept_N, valid_C = self.call.kept_N, self.valid_N[rows]
-        if kept_N is None:
+        if kept_N is not None:
+            hidden_CD = self._hidden_TD.index_select(0, kept_N[rows])
+        elif self.call.all_labeled:
+            hidden_CD = self._hidden_TD[rows]
+        else:
             # A row without a label must not reach the gradients, whatever it holds:
             # 0 * NaN would.
             hidden_CD = self._hidden_TD[rows].masked_fill(~valid_C[:, None], 0)
-        else:
-            hidden_CD = self._hidden_TD.index_select(0, kept_N[rows])
         buffer_Cv = self._buffers[self._turn][: len(hidden_CD)]
         self._turn = (self._turn + 1) % len(self._buffers)
         logits_Cv = torch.mm(hidden_CD, self._weight_vD.t(), out=buffer_Cv)
@@ -161,10 +179,12 @@ class Passes:
         assert teacher is not None
         given = teacher.hidden if teacher.logits is None else teacher.logits
         assert given is not None
-        if kept_N is None:
-            part = given[rows].masked_fill(~self.valid_N[rows, None], 0)
-        else:
+        if kept_N is not None:
             part = given.index_select(0, kept_N[rows])
+        elif self.call.all_labeled:
+            part = given[rows]
+        else:
+            part = given[rows].masked_fill(~self.valid_N[rows, None], 0)
         if teacher.weight is not None:
             part = part @ teacher.weight.t()
         if part.stride(1) != 1:
@@ -195,7 +215,7 @@ class Passes:
         return exchange(self._names, packed_kC, self.call.shard)
 
     def softmax(self, chunk: Chunk, wait: Callable[[], Sums]) -> Softmax:
-        """The statistics over all columns."""
+        """The sums over all columns."""
         sums, mixture = wait(), None
         if "jsd" in self._needs:
             assert chunk.teacher is not None
@@ -203,19 +223,26 @@ class Passes:
                 chunk.logits_Cv, self._transform, chunk.teacher, sums, self._jsd_beta
             )
             mixture = Mixture(*add_up(shares_2C, self.call.shard))
-        statistics = statistics_of(
+        return Softmax(sums, mixture)
+
+    def statistics(self, softmax: Softmax) -> Statistics:
+        sums, mixture = softmax
+        return statistics_of(
             sums, self._needs, self._vocab_size, mixture, self._jsd_beta
         )
-        return Softmax(sums, mixture, statistics)
 
-    def coefficients(self, partials: Statistics, softmax: Softmax) -> Coefficients:
+    def coefficients(
+        self, partials: Partials, softmax: Softmax, statistics: Statistics | None
+    ) -> Coefficients:
+        """
+        Args:
+            statistics: those of `softmax`, if they have been computed already.
+        """
+        if statistics is None and partials.need_values:
+            statistics = self.statistics(softmax)
+        sums, mixture = softmax
         return coefficients_of(
-            partials,
-            softmax.statistics,
-            softmax.sums,
-            self._vocab_size,
-            softmax.mixture,
-            self._jsd_beta,
+            partials, statistics, sums, self._vocab_size, mixture, self._jsd_beta
         )
 
     def gradients(self, chunk: Chunk, coefficients: Coefficients) -> None:

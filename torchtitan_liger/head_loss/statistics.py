@@ -193,6 +193,33 @@ def statistics_of(
     )
 
 
+class Partials(NamedTuple):
+    """The partials of a loss by statistic, [C] or [C, K]; None where it has none."""
+
+    logp: torch.Tensor
+    lse: torch.Tensor | None = None
+    uniform_ce: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    p2: torch.Tensor | None = None
+    logp_k: torch.Tensor | None = None
+    kl_fwd: torch.Tensor | None = None
+    kl_rev: torch.Tensor | None = None
+    jsd: torch.Tensor | None = None
+
+    @property
+    def need_values(self) -> bool:
+        """Whether their coefficients depend on the statistics' own values."""
+        return not (self.entropy is self.p2 is self.kl_rev is None)
+
+    def times(self, by_C: torch.Tensor) -> Partials:
+        """The partials of a loss whose rows count `by_C` times."""
+        scaled: list[Any] = [
+            None if x is None else x * (by_C if x.ndim == 1 else by_C[:, None])
+            for x in self
+        ]
+        return Partials(*scaled)
+
+
 class Coefficients(NamedTuple):
     """The gradient by the logit `z_j`, each coefficient [C] or None where it is zero:
 
@@ -222,8 +249,8 @@ class Coefficients(NamedTuple):
 
 
 def coefficients_of(
-    partials: Statistics,
-    values: Statistics,
+    partials: Partials,
+    values: Statistics | None,
     sums: Sums,
     vocab_size: int,
     mixture: Mixture | None = None,
@@ -236,7 +263,9 @@ def coefficients_of(
     d kl_rev = p (log p - log q - kl_rev) and
     d jsd = (1-b) p (log p - log m - KL(p|m)).
     """
-    softmax_C = partials.lse - partials.logp
+    softmax_C = -partials.logp
+    if partials.lse is not None:
+        softmax_C = softmax_C + partials.lse
     log_softmax_C: torch.Tensor | None = None
     rest: dict[str, torch.Tensor] = {}
 
@@ -247,10 +276,12 @@ def coefficients_of(
         softmax_C = softmax_C + partials.uniform_ce
         rest["constant"] = -partials.uniform_ce / vocab_size
     if partials.entropy is not None:
+        assert values is not None
         assert values.entropy is not None
         softmax_C = softmax_C - partials.entropy * values.entropy
         log_softmax_C = -partials.entropy
     if partials.p2 is not None:
+        assert values is not None
         assert values.p2 is not None
         rest["square"] = 2 * partials.p2
         softmax_C = softmax_C - rest["square"] * values.p2
@@ -261,6 +292,7 @@ def coefficients_of(
         softmax_C = softmax_C + partials.kl_fwd
         rest["teacher"] = -partials.kl_fwd
     if partials.kl_rev is not None:
+        assert values is not None
         assert values.kl_rev is not None
         softmax_C = softmax_C - partials.kl_rev * values.kl_rev
         log_softmax_C = add(log_softmax_C, partials.kl_rev)

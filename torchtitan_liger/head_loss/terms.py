@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -56,6 +57,12 @@ class Term:
         """What `metrics` gives, in its order. The engine adds up a metric over tokens; of
         one whose name ends in "/max" or "/min" it keeps the extreme."""
         return ()
+
+    @property
+    def slopes(self) -> Mapping[str, float] | None:
+        """The partial derivatives of `loss` by `Statistics` where all of them are
+        constants; autograd finds them where this is None, some small kernels later."""
+        return None
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         """The loss of each token, [C], before `weight`."""
@@ -147,20 +154,25 @@ class CrossEntropy(Term):
     def needs(self) -> frozenset[str]:
         return frozenset({"uniform_ce"} if self.label_smoothing else ())
 
+    @property
+    def slopes(self) -> Mapping[str, float] | None:
+        if not self.label_smoothing:
+            return {"logp": -1.0}
+        if self.smooth_over == "others":
+            return None
+        eps = self.label_smoothing
+        return {"logp": eps - 1, "uniform_ce": eps}
+
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         if not self.label_smoothing:
             return -stats.logp
         assert stats.uniform_ce is not None
-        eps = self.label_smoothing
+        eps, vocab_size = self.label_smoothing, stats.vocab_size
         if self.smooth_over == "others":
-            # mean over the others = (V mean over all - label) / (V - 1); exact for V = 1,
-            # which has no others.
-            eps *= _over_others(stats.vocab_size)
+            # The mean over the others is (V * mean over all - label) / (V - 1). A
+            # vocabulary of one word has no others.
+            eps *= vocab_size / (vocab_size - 1) if vocab_size > 1 else 0.0
         return eps * stats.uniform_ce - (1 - eps) * stats.logp
-
-
-def _over_others(vocab_size: int) -> float:
-    return vocab_size / (vocab_size - 1) if vocab_size > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -199,6 +211,7 @@ class EntropyBonus(Term):
     weight: float
     name: str = "entropy_bonus"
     needs = frozenset({"entropy"})
+    slopes = MappingProxyType({"entropy": -1.0})
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         assert stats.entropy is not None
@@ -212,6 +225,7 @@ class Collision(Term):
     weight: float
     name: str = "collision"
     needs = frozenset({"p2"})
+    slopes = MappingProxyType({"p2": 1.0})
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         assert stats.p2 is not None

@@ -19,7 +19,9 @@ def _logits(
     if z.dtype != tl.float64:
         z = z.to(tl.float32)
     z = _transformed(z, SOFTCAP, TEMPERATURE)
-    return tl.where(inside, z, -float("inf"))
+    if SOFTCAP > 0:  # tanh has made -inf finite
+        z = tl.where(inside, z, -float("inf"))
+    return z
 
 
 @triton.jit
@@ -85,6 +87,7 @@ def statistics_kernel(
     TEACHER_SOFTCAP: tl.constexpr,
     TEACHER_TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -92,89 +95,116 @@ def statistics_kernel(
     dtype: tl.constexpr = sums.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
 
-    # The maximum is the row's, the sums are each lane's: one reduction per block of
-    # columns, and the rest after the last.
-    maximum = tl.full([], -float("inf"), dtype)
+    # Maximum and sums are each lane's until the end: threads have nothing to exchange. A
+    # lane's origin moves once in UNROLL blocks, which are read twice, then from the cache.
     zeros = tl.zeros([BLOCK], dtype)
+    maximum = zeros - float("inf")
     sumexp = zeros
     logit_sum = zeros
     shifted_sum = zeros
     square_sum = zeros
     if AT_teacher_max >= 0:
         teacher += row * teacher_stride
-        t_maximum = tl.full([], -float("inf"), dtype)
+        t_maximum = maximum
         t_sumexp = zeros
         t_shifted_sum = zeros
         student_by_teacher = zeros
         teacher_by_student = zeros
 
-    for start in range(0, num_columns, BLOCK):
-        columns = start + lanes
-        z = _logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
-        old = maximum
-        maximum = tl.maximum(old, tl.max(z, axis=0))
-        origin = _finite(maximum)
-        rescale = tl.exp(old - origin)
-        shifted = z - origin
-        exp = tl.exp(shifted)
+    for start in range(0, num_columns, BLOCK * UNROLL):
+        new = maximum
+        for i in tl.static_range(UNROLL):
+            columns = start + i * BLOCK + lanes
+            z = _logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
+            new = tl.maximum(new, z)
+        origin = _finite(new)
+        shift = maximum - origin
+        rescale = tl.exp(shift)
+        maximum = new
         if AT_teacher_max >= 0:
-            v = _logits(
-                teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
-            )
-            t_old = t_maximum
-            t_maximum = tl.maximum(t_old, tl.max(v, axis=0))
-            t_origin = _finite(t_maximum)
-            t_rescale = tl.exp(t_old - t_origin)
-            t_shifted = v - t_origin
-            t_exp = tl.exp(t_shifted)
+            t_new = t_maximum
+            for i in tl.static_range(UNROLL):
+                columns = start + i * BLOCK + lanes
+                v = _logits(
+                    teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
+                )
+                t_new = tl.maximum(t_new, v)
+            t_origin = _finite(t_new)
+            t_shift = t_maximum - t_origin
+            t_rescale = tl.exp(t_shift)
+            t_maximum = t_new
             if AT_teacher_by_student >= 0:
                 teacher_by_student = _moved(
-                    teacher_by_student, t_old - t_origin, sumexp, rescale
-                ) + _product(exp, t_shifted)
+                    teacher_by_student, t_shift, sumexp, rescale
+                )
             if AT_student_by_teacher >= 0:
                 student_by_teacher = _moved(
-                    student_by_teacher, old - origin, t_sumexp, t_rescale
-                ) + _product(t_exp, shifted)
+                    student_by_teacher, shift, t_sumexp, t_rescale
+                )
             if AT_teacher_shifted_sum >= 0:
-                t_shifted_sum = _moved(
-                    t_shifted_sum, t_old - t_origin, t_sumexp, t_rescale
-                ) + _product(t_exp, t_shifted)
-            t_sumexp = t_sumexp * t_rescale + t_exp
+                t_shifted_sum = _moved(t_shifted_sum, t_shift, t_sumexp, t_rescale)
+            t_sumexp *= t_rescale
         if AT_shifted_sum >= 0:
-            shifted_sum = _moved(shifted_sum, old - origin, sumexp, rescale) + _product(
-                exp, shifted
-            )
+            shifted_sum = _moved(shifted_sum, shift, sumexp, rescale)
         if AT_square_sum >= 0:
-            square_sum = square_sum * rescale * rescale + exp * exp
-        if AT_logit_sum >= 0:
-            logit_sum += tl.where(columns < num_columns, z, 0.0)
-        sumexp = sumexp * rescale + exp
+            square_sum *= rescale * rescale
+        sumexp *= rescale
 
-    tl.store(sums + AT_max * num_rows, maximum)
-    tl.store(sums + AT_sumexp * num_rows, tl.sum(sumexp, axis=0))
+        for i in tl.static_range(UNROLL):
+            columns = start + i * BLOCK + lanes
+            z = _logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
+            shifted = z - origin
+            exp = tl.exp(shifted)
+            sumexp += exp
+            if AT_shifted_sum >= 0:
+                shifted_sum += _product(exp, shifted)
+            if AT_square_sum >= 0:
+                square_sum += exp * exp
+            if AT_logit_sum >= 0:
+                logit_sum += tl.where(columns < num_columns, z, 0.0)
+            if AT_teacher_max >= 0:
+                v = _logits(
+                    teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
+                )
+                t_shifted = v - t_origin
+                t_exp = tl.exp(t_shifted)
+                t_sumexp += t_exp
+                if AT_teacher_by_student >= 0:
+                    teacher_by_student += _product(exp, t_shifted)
+                if AT_student_by_teacher >= 0:
+                    student_by_teacher += _product(t_exp, shifted)
+                if AT_teacher_shifted_sum >= 0:
+                    t_shifted_sum += _product(t_exp, t_shifted)
+
+    total_max = tl.max(maximum, axis=0)
+    shift = maximum - _finite(total_max)
+    share = tl.exp(shift)
+    tl.store(sums + AT_max * num_rows, total_max)
+    tl.store(sums + AT_sumexp * num_rows, tl.sum(sumexp * share, axis=0))
     if AT_logit_sum >= 0:
         tl.store(sums + AT_logit_sum * num_rows, tl.sum(logit_sum, axis=0))
     if AT_shifted_sum >= 0:
-        tl.store(sums + AT_shifted_sum * num_rows, tl.sum(shifted_sum, axis=0))
+        moved = _moved(shifted_sum, shift, sumexp, share)
+        tl.store(sums + AT_shifted_sum * num_rows, tl.sum(moved, axis=0))
     if AT_square_sum >= 0:
-        tl.store(sums + AT_square_sum * num_rows, tl.sum(square_sum, axis=0))
+        moved = square_sum * share * share
+        tl.store(sums + AT_square_sum * num_rows, tl.sum(moved, axis=0))
     if AT_teacher_max >= 0:
-        tl.store(sums + AT_teacher_max * num_rows, t_maximum)
-        tl.store(sums + AT_teacher_sumexp * num_rows, tl.sum(t_sumexp, axis=0))
+        t_total_max = tl.max(t_maximum, axis=0)
+        t_shift = t_maximum - _finite(t_total_max)
+        t_share = tl.exp(t_shift)
+        tl.store(sums + AT_teacher_max * num_rows, t_total_max)
+        moved = t_sumexp * t_share
+        tl.store(sums + AT_teacher_sumexp * num_rows, tl.sum(moved, axis=0))
         if AT_teacher_shifted_sum >= 0:
-            tl.store(
-                sums + AT_teacher_shifted_sum * num_rows, tl.sum(t_shifted_sum, axis=0)
-            )
+            moved = _moved(t_shifted_sum, t_shift, t_sumexp, t_share)
+            tl.store(sums + AT_teacher_shifted_sum * num_rows, tl.sum(moved, axis=0))
         if AT_student_by_teacher >= 0:
-            tl.store(
-                sums + AT_student_by_teacher * num_rows,
-                tl.sum(student_by_teacher, axis=0),
-            )
+            moved = _moved(student_by_teacher, shift, t_sumexp, t_share)
+            tl.store(sums + AT_student_by_teacher * num_rows, tl.sum(moved, axis=0))
         if AT_teacher_by_student >= 0:
-            tl.store(
-                sums + AT_teacher_by_student * num_rows,
-                tl.sum(teacher_by_student, axis=0),
-            )
+            moved = _moved(teacher_by_student, t_shift, sumexp, share)
+            tl.store(sums + AT_teacher_by_student * num_rows, tl.sum(moved, axis=0))
     label = tl.load(label_columns + row)
     tl.store(
         sums + AT_label_logit * num_rows,
@@ -291,7 +321,7 @@ def gradient_kernel(
     z = _logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
     sumexp = tl.load(sumexps + row)
     shifted = z - _finite(tl.load(maxima + row))
-    p = tl.exp(shifted) / sumexp
+    p = tl.exp(shifted) * (1 / sumexp)
     factor = tl.load(softmax + row)
     if log_softmax is not None or log_mixture is not None:
         log_p = shifted - tl.log(sumexp)
@@ -318,7 +348,7 @@ def gradient_kernel(
             factor += tl.load(log_mixture + row) * log_m
     grad = _product(p, factor)
     if by_teacher is not None:
-        grad += tl.load(by_teacher + row) * (tl.exp(t_shifted) / t_sumexp)
+        grad += tl.load(by_teacher + row) * (tl.exp(t_shifted) * (1 / t_sumexp))
     if constant is not None:
         grad += tl.load(constant + row)
     # Before any rounding: for a confident token this nearly cancels the softmax's share.

@@ -11,9 +11,10 @@ import torchtitan_liger.head_loss.triton_kernels as triton_kernels
 from torchtitan_liger.head_loss.statistics import SUMS, Coefficients, Sums
 from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
 
-STATISTICS_BLOCK = 4096
-GRADIENT_BLOCK = 4096
-NUM_WARPS = 8
+# The fastest on an H200 of blocks from 512 to 8,192, 1 to 8 of them at a time, 2 to 8
+# warps: 305 and 589 us for 4,096 rows of 128,256 in bfloat16, where a copy takes 499.
+STATISTICS_BLOCK, STATISTICS_UNROLL, STATISTICS_WARPS = 512, 8, 4
+GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -35,6 +36,7 @@ def statistics_sweep(
         places[f"AT_{name}"] = offset // max(1, num_rows)
     if num_rows == 0:
         return
+    block = _block(STATISTICS_BLOCK, num_columns)
     triton_kernels.statistics_kernel[(num_rows,)](
         logits_Cv,
         logits_Cv.stride(0),
@@ -47,8 +49,9 @@ def statistics_sweep(
         **places,
         NUM_CANDIDATES=0 if candidates_CK is None else candidates_CK.shape[1],
         **_transforms(transform, teacher),
-        BLOCK=_block(STATISTICS_BLOCK, num_columns),
-        num_warps=NUM_WARPS,
+        BLOCK=block,
+        UNROLL=max(1, min(STATISTICS_UNROLL, -(-num_columns // block))),
+        num_warps=STATISTICS_WARPS,
     )
 
 
@@ -77,7 +80,7 @@ def mixture_sweep(
             **_log_shares(beta),
             **_transforms(transform, teacher),
             BLOCK=_block(STATISTICS_BLOCK, num_columns),
-            num_warps=NUM_WARPS,
+            num_warps=STATISTICS_WARPS,
         )
     return shares_2C
 
@@ -112,7 +115,7 @@ def gradient_sweep(
         **_log_shares(jsd_beta),
         **_transforms(transform, teacher),
         BLOCK=block,
-        num_warps=NUM_WARPS,
+        num_warps=GRADIENT_WARPS,
     )
 
 
@@ -133,7 +136,7 @@ def scale(grad: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
             grad.numel(),
             IN_PLACE=grad.data_ptr() == out.data_ptr(),
             BLOCK=block,
-            num_warps=NUM_WARPS,
+            num_warps=GRADIENT_WARPS,
         )
 
 

@@ -1,0 +1,105 @@
+"""Keys and values that do not exist, in every table of ours."""
+
+from __future__ import annotations
+
+import pytest
+
+from torchtitan_liger.config_checks import RANGES, check_keys, check_values
+from torchtitan_liger.job_config import HeadLoss, LigerKernel
+
+
+def test_an_unknown_key_is_named_with_its_value_and_its_neighbour():
+    check_keys({"liger_kernel": {"impl": "auto"}, "model": {}}, "a.toml")
+    with pytest.raises(ValueError, match=r"a.toml: .*no key impll .*'x'.* mean impl\?"):
+        check_keys({"liger_kernel": {"impll": "x"}}, "a.toml")
+    with pytest.raises(ValueError, match=r"no section \[liger_kernal\]; did you mean"):
+        check_keys({"liger_kernal": {"impl": "x"}}, "a.toml")
+    with pytest.raises(ValueError, match="liger_kernel is True; it must be a section"):
+        check_keys({"liger_kernel": True}, "a.toml")
+    with pytest.raises(ValueError, match="no key zzz .*logits_memory_mib"):
+        check_keys({"liger_kernel": {"zzz": 1}}, "a.toml")
+
+
+def test_an_unknown_key_in_a_nested_table_is_named_as_well():
+    check_keys({"head_loss": {"temperature": 2, "focal": {"weight": 1}}}, "a.toml")
+    with pytest.raises(
+        ValueError, match=r"\[head_loss\] has no key zloss .*1.* did you mean z_loss\?"
+    ):
+        check_keys({"head_loss": {"zloss": {"weight": 1}}}, "a.toml")
+    with pytest.raises(
+        ValueError, match=r"\[head_loss.z_loss\] has no key wieght \(its value is 0.1\)"
+    ):
+        check_keys({"head_loss": {"z_loss": {"wieght": 0.1}}}, "a.toml")
+    with pytest.raises(
+        ValueError, match=r"head_loss.z_loss is 0.1; .*\[head_loss.z_loss"
+    ):
+        check_keys({"head_loss": {"z_loss": 0.1}}, "a.toml")
+    with pytest.raises(
+        ValueError, match=r"no section \[head_los\]; did you mean head_l"
+    ):
+        check_keys({"head_los": {}}, "a.toml")
+
+
+def test_a_table_without_a_weight_would_be_ignored():
+    with pytest.raises(ValueError, match=r"\[head_loss.focal\] has no weight"):
+        check_keys({"head_loss": {"focal": {"gamma": 2.0}}}, "a.toml")
+    check_keys({"head_loss": {"cross_entropy": {"label_smoothing": 0.1}}}, "a.toml")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("impl", "ligr", "must be one of 'auto', 'liger', 'chunked', 'reference'"),
+        ("fallback", "ignore", "must be one of 'warn', 'error'"),
+        ("acc_dtype", "float16", "must be one of 'float32', 'bfloat16'"),
+        ("logits_memory_mib", -1, "must be 0"),
+        ("logits_memory_mib", "256", "must be a whole number"),
+        ("enable_fused_linear_cross_entropy", "yes", "must be true or false"),
+    ],
+)
+def test_values_out_of_range_are_named(field, value, message):
+    config = LigerKernel()
+    setattr(config, field, value)  # as a TOML can
+    with pytest.raises(
+        ValueError, match=rf"liger_kernel.{field} is {value!r}.*{message}"
+    ):
+        check_values(config, "liger_kernel")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("temperature", 0, "positive"),
+        ("logit_softcap", -1.0, "0 .off. or positive"),
+        ("z_loss.weight", -1e-4, "at least 0"),
+        ("z_loss.weight", "1e-4", "a number"),
+        ("z_loss.weight", True, "a number"),
+        ("z_loss.weight", float("nan"), "a number"),
+        ("cross_entropy.weight", None, "a number"),
+        ("cross_entropy.label_smoothing", 1.0, r"in \[0, 1\)"),
+        ("focal.gamma", -1, "at least 0"),
+        ("policy_gradient.kind", "ppoo", "one of 'ppo', 'cispo', 'reinforce'"),
+        ("policy_gradient.clip_low", 2.0, r"in \[0, 1\]"),
+        ("policy_gradient.clip_high", -0.1, "at least 0"),
+        ("policy_gradient.dual_clip", 1.0, "above 1"),
+    ],
+)
+def test_values_in_nested_tables_are_named_with_their_table(key, value, message):
+    config = HeadLoss()
+    check_values(config, "head_loss")
+    table, _, field = key.rpartition(".")
+    setattr(getattr(config, table) if table else config, field, value)
+    with pytest.raises(ValueError, match=rf"head_loss.{key} is {value!r}; .*{message}"):
+        check_values(config, "head_loss")
+
+
+def test_whole_numbers_are_numbers():
+    config = HeadLoss(temperature=2)
+    config.z_loss.weight = 1
+    check_values(config, "head_loss")
+
+
+def test_every_range_belongs_to_a_key():
+    tables = [vars(HeadLoss()), vars(LigerKernel())]
+    tables += [vars(t) for t in vars(HeadLoss()).values() if hasattr(t, "weight")]
+    assert RANGES.keys() <= set().union(*tables)

@@ -1,0 +1,194 @@
+"""`[head_loss]`, from TOML and command line to terms and options."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from torchtitan.config import ConfigManager
+
+from torchtitan_liger import job_config
+from torchtitan_liger.cli import read_toml
+from torchtitan_liger.config_checks import check_keys
+from torchtitan_liger.config_validator import FLAG, Environment, resolve
+from torchtitan_liger.head_loss import (
+    CrossEntropy,
+    EntropyBonus,
+    Focal,
+    HeadLossOptions,
+    PolicyGradient,
+    ReferenceKL,
+    SelfWeighted,
+    ZLoss,
+)
+from torchtitan_liger.head_loss_config import TERMS, changes, terms_and_options
+from torchtitan_liger.liger_api import LigerStatus
+
+CPU = Environment("cpu", LigerStatus(True, False, "the kernels need a GPU"))
+
+ALL = """
+[head_loss]
+logit_softcap = 30
+temperature = 0.7
+
+[head_loss.cross_entropy]
+weight = 0.5
+label_smoothing = 0.1
+
+[head_loss.z_loss]
+weight = 1e-4
+
+[head_loss.focal]
+weight = 0.1
+gamma = 3
+
+[head_loss.entropy_bonus]
+weight = 0.0
+
+[head_loss.self_weighted]
+weight = 1
+
+[head_loss.policy_gradient]
+weight = 2.0
+kind = "cispo"
+clip_low = 0.1
+clip_high = 0.3
+
+[head_loss.reference_kl]
+weight = 0.01
+kind = "k1"
+"""
+
+
+def plan_of(*args, toml=None):
+    argv = [
+        "--job.custom_config_module=torchtitan_liger.job_config",
+        "--model.hf_assets_path=.",
+        f"--{FLAG}",
+        *args,
+    ]
+    if toml is not None:
+        argv.append(f"--job.config_file={toml}")
+        check_keys(read_toml(argv)[1], str(toml))
+    return resolve(ConfigManager().parse_args(argv), CPU)
+
+
+def test_a_toml_with_every_table(tmp_path):
+    config = tmp_path / "job.toml"
+    config.write_text(ALL)
+    plan = plan_of(toml=config)
+    assert plan.terms == (
+        CrossEntropy(0.1, weight=0.5),
+        ZLoss(1e-4),
+        Focal(3, weight=0.1),
+        EntropyBonus(0.0),
+        SelfWeighted(1),
+        PolicyGradient("cispo", 0.1, 0.3, weight=2.0),
+        ReferenceKL(0.01, "k1"),
+    )
+    assert plan.options.logit_softcap == 30
+    assert plan.options.temperature == 0.7
+    assert plan.options.label_smoothing == plan.options.z_loss == 0  # the terms have it
+    assert plan.formula == (
+        "0.5 * cross_entropy + 0.0001 * z_loss + 0.1 * focal + 0 * entropy_bonus + "
+        "self_weighted + 2 * policy_gradient + 0.01 * reference_kl"
+    )
+    assert plan.row_inputs == {
+        "advantages": "head_loss.policy_gradient",
+        "old_logp": "head_loss.policy_gradient",
+        "ref_logp": "head_loss.reference_kl",
+    }
+    assert plan.head_loss().terms == plan.terms
+
+
+def test_the_command_line_wins_over_the_toml(tmp_path):
+    config = tmp_path / "job.toml"
+    config.write_text("[head_loss.z_loss]\nweight = 1e-4\n")
+    assert plan_of(toml=config).formula == "cross_entropy + 0.0001 * z_loss"
+    plan = plan_of("--head_loss.z_loss.weight", "1e-3", toml=config)
+    assert plan.formula == "cross_entropy + 0.001 * z_loss"
+    plan = plan_of("--head_loss.z_loss.weight=None", toml=config)
+    assert plan.formula == "cross_entropy"
+
+
+def test_the_default_is_plain_cross_entropy():
+    plan = plan_of()
+    assert plan.terms is None
+    assert plan.options == HeadLossOptions()
+    assert plan.is_plain
+    assert plan.has_perplexity
+    assert plan.row_inputs == {}
+
+
+def test_weight_zero_is_a_term_and_no_weight_is_none():
+    assert plan_of("--head_loss.z_loss.weight=0").terms == (CrossEntropy(), ZLoss(0.0))
+    assert plan_of("--head_loss.cross_entropy.weight=0").terms == (
+        CrossEntropy(weight=0.0),
+    )
+
+
+def test_a_setting_of_a_term_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="head_loss.focal.gamma = 3.0 does nothing"):
+        plan_of("--head_loss.focal.gamma=3")
+    plan = plan_of("--head_loss.focal.gamma=3", "--head_loss.focal.weight", "1")
+    assert plan.terms == (CrossEntropy(), Focal(3.0))
+
+
+def test_an_unknown_option_has_its_neighbours_listed(capsys):
+    with pytest.raises(SystemExit):
+        plan_of("--head_loss.z_loss.weigth=1e-4")
+    error = capsys.readouterr().err
+    assert "--head_loss.z_loss.weigth" in error
+    assert "--head-loss.z-loss.weight" in error
+
+
+def test_reinforce_reads_no_old_probabilities():
+    plan = plan_of(
+        "--head_loss.policy_gradient.weight=1",
+        "--head_loss.policy_gradient.kind=reinforce",
+    )
+    assert list(plan.row_inputs) == ["advantages"]
+
+
+def test_a_smoothed_cross_entropy_has_no_perplexity():
+    plan = plan_of("--head_loss.cross_entropy.label_smoothing=0.1")
+    assert plan.terms is None
+    assert not plan.has_perplexity
+
+
+def test_what_a_term_refuses_is_named_with_its_table(monkeypatch):
+    def refuse(**_):
+        raise ValueError("gamma and weight do not fit")
+
+    monkeypatch.setitem(TERMS, "focal", refuse)
+    config = job_config.HeadLoss(focal=job_config.Focal(weight=1.0))
+    with pytest.raises(
+        ValueError, match="head_loss.focal: gamma and weight do not fit"
+    ):
+        terms_and_options(config, HeadLossOptions())
+
+
+def test_every_table_has_a_term_of_its_name_with_its_keys():
+    tables = {
+        n: t for n, t in vars(job_config.HeadLoss()).items() if hasattr(t, "weight")
+    }
+    assert tables.keys() == TERMS.keys()
+    for name, table in tables.items():
+        term = TERMS[name](**{**vars(table), "weight": 1.0})
+        assert term.name == name
+        # Nobody has to look up a default in two places.
+        for field in dataclasses.fields(table):
+            if field.name != "weight":
+                default = next(
+                    f.default for f in dataclasses.fields(term) if f.name == field.name
+                )
+                assert field.default == default, (name, field.name)
+
+
+def test_changes_are_listed_as_settings():
+    assert changes(job_config.HeadLoss(), "head_loss") == []
+    config = job_config.HeadLoss(temperature=2.0, z_loss=job_config.ZLoss(weight=1e-4))
+    assert changes(config, "head_loss") == [
+        "head_loss.temperature = 2.0",
+        "head_loss.z_loss.weight = 0.0001",
+    ]

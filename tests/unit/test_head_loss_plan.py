@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchtitan_liger.head_loss import CrossEntropy, HeadLossOptions, PolicyGradient
+from torchtitan_liger.head_loss_plan import HeadLossPlan
+
+TOKENS = torch.zeros(2, 8, dtype=torch.long)
+ROWS = torch.zeros(2, 8)
+PLAIN = HeadLossPlan(True, "chunked", HeadLossOptions())
+PPO = HeadLossPlan(
+    True, "chunked", HeadLossOptions(), (CrossEntropy(weight=0.0), PolicyGradient())
+)
+
+
+def test_the_decoder_gets_what_no_term_reads():
+    batch = dict.fromkeys(("old_logp", "advantages", "token_weights"), ROWS)
+    rows, rest = PPO.split_batch({"input": TOKENS, "positions": TOKENS, **batch})
+    assert rows.keys() == batch.keys()
+    assert list(rest) == ["input", "positions"]
+    PPO.check_rows(rows, rest)
+    rows, rest = PLAIN.split_batch({"input": TOKENS, **batch})
+    assert list(rows) == ["token_weights"]
+    assert list(rest) == ["input", "old_logp", "advantages"]
+
+
+def test_a_missing_tensor_is_named_with_its_reader_and_what_is_there():
+    with pytest.raises(
+        ValueError,
+        match="the batch has no old_logp, which head_loss.policy_gradient reads; "
+        "it has advantages, input",
+    ):
+        PPO.check_rows({"advantages": ROWS}, {"input": TOKENS})
+
+
+def test_liger_knows_no_token_weights():
+    plan = HeadLossPlan(True, "liger", HeadLossOptions())
+    plan.check_rows({}, {"input": TOKENS})
+    with pytest.raises(ValueError, match="--liger_kernel.impl chunked"):
+        plan.check_rows({"token_weights": ROWS}, {"input": TOKENS})
+
+
+def test_validation_is_by_cross_entropy_alone():
+    options = HeadLossOptions(label_smoothing=0.1, z_loss=1e-4, logit_softcap=30.0)
+    loss = HeadLossPlan(True, "chunked", options).plain_cross_entropy()
+    assert loss.terms == (CrossEntropy(),)
+    assert loss.options == HeadLossOptions(logit_softcap=30.0)
+    assert PPO.plain_cross_entropy().terms == (CrossEntropy(),)

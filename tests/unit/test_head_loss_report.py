@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import torch
+
+from torchtitan_liger.head_loss import HeadLossOutput
+from torchtitan_liger.head_loss_report import HeadLossReport
+
+
+def output(**values):
+    tensors = {name.replace("__", "/"): torch.tensor(x) for name, x in values.items()}
+    return HeadLossOutput(torch.tensor(0.0), {"a": tensors.pop("a")}, tensors)
+
+
+def test_shares_are_summed_and_extremes_are_kept():
+    report = HeadLossReport()
+    report.add(output(a=1.0, ratio__max=3.0, ratio__min=0.5, max=0.25), weighted=False)
+    report.add(output(a=2.0, ratio__max=2.0, ratio__min=0.1, max=0.5), weighted=True)
+    values = report.values(None)
+    # In the order of the terms and metrics; "max" alone is a name like any other.
+    assert list(values) == ["a", "ratio/max", "ratio/min", "max"]
+    assert values["a"] == 3.0
+    assert values["ratio/max"] == 3.0
+    assert abs(values["ratio/min"] - 0.1) < 1e-7
+    assert values["max"] == 0.75
+    assert report.weighted
+
+
+def test_a_new_step_starts_from_nothing():
+    report = HeadLossReport()
+    report.add(output(a=1.0), weighted=True)
+    report.clear()
+    assert report.values(None) == {}
+    report.add(output(a=4.0), weighted=False)
+    assert report.values(None) == {"a": 4.0}
+    assert not report.weighted
+
+
+def test_one_collective_for_sums_and_one_for_each_kind_of_extreme(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        torch.distributed,
+        "all_reduce",
+        lambda packed, op, group: calls.append((len(packed), op, group)),
+    )
+    report = HeadLossReport()
+    report.add(output(a=1.0, b=2.0, c=3.0), weighted=False)
+    group = object()
+    report.values(group)
+    ops = torch.distributed.ReduceOp
+    assert calls == [(3, ops.SUM, group)]
+    report.clear()
+    report.add(output(a=1.0, b__max=2.0, c__max=3.0), weighted=False)
+    report.values(group)
+    assert calls[1:] == [(1, ops.SUM, group), (2, ops.MAX, group)]

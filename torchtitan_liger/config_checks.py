@@ -1,0 +1,97 @@
+"""Whether the keys and the values of our sections are ones that exist."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from torchtitan_liger.job_config import HeadLoss, LigerKernel
+
+SECTIONS: dict[str, type] = {"liger_kernel": LigerKernel, "head_loss": HeadLoss}
+
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "logits_memory_mib": (lambda x: x >= 0, "0 (planned) or a number of MiB"),
+    "logit_softcap": (lambda x: x >= 0, "0 (off) or positive"),
+    "temperature": (lambda x: x > 0, "positive"),
+    "weight": (lambda x: x >= 0, "at least 0 (at 0 the term is only reported)"),
+    "label_smoothing": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "gamma": (lambda x: x >= 0, "at least 0"),
+    "clip_low": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "clip_high": (lambda x: x >= 0, "at least 0"),
+    "dual_clip": (lambda x: x > 1, "above 1"),
+    "importance_cap": (lambda x: x > 0, "positive"),
+    "floor": (lambda x: 0 < x < 1, "in (0, 1)"),
+    "beta": (lambda x: x >= 0, "at least 0"),
+}
+"""The values that a key may have, in whichever table it is."""
+
+
+def check_keys(toml: Mapping[str, Any], path: str) -> None:
+    """Look for keys in the TOML's sections of ours that do not exist.
+
+    Raises:
+        ValueError: with the key, its value, and the nearest key that exists; and for the
+            table of a term without a weight, which would be ignored.
+    """
+    for name in SECTIONS:
+        for other in difflib.get_close_matches(name, set(toml) - set(SECTIONS)):
+            raise ValueError(
+                f"{path}: there is no section [{other}]; did you mean {name}?"
+            )
+    for name, section in SECTIONS.items():
+        _check_table(toml.get(name, {}), section, name, path)
+
+
+def _check_table(table: Any, section: type, name: str, path: str) -> None:
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{path}: {name} is {table!r}; it must be a section, [{name}]")
+    known = {field.name: field for field in fields(section)}
+    for key, value in table.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}."
+            raise ValueError(
+                f"{path}: [{name}] has no key {key} (its value is {value!r}); {hint}"
+            )
+        kind = known[key].type
+        if isinstance(kind, type) and is_dataclass(kind):
+            _check_table(value, kind, f"{name}.{key}", path)
+    if "weight" in known and known["weight"].default is None and "weight" not in table:
+        raise ValueError(
+            f"{path}: [{name}] has no weight, and without one there is no such term"
+        )
+
+
+def check_values(section: Any, name: str) -> None:
+    """
+    Raises:
+        ValueError: for a value of `section` of the wrong type or out of range; the
+            message begins with its key, after `name`, and holds the value.
+    """
+    for field in fields(section):
+        key, value = f"{name}.{field.name}", getattr(section, field.name)
+        if is_dataclass(field.type):
+            check_values(value, key)
+        elif wanted := _unlike(value, field.type, field.name):
+            raise ValueError(f"{key} is {value!r}; it must be {wanted}")
+
+
+def _unlike(value: Any, kind: Any, key: str) -> str | None:
+    """What a value should be, if it is not."""
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return None if value in choices else f"one of {', '.join(map(repr, choices))}"
+    if kind is bool:
+        return None if type(value) is bool else "true or false"
+    if value is None and type(None) in get_args(kind):
+        return None
+    if kind is int:
+        if type(value) is not int:
+            return "a whole number"
+    elif type(value) not in (int, float) or not math.isfinite(value):
+        return "a number"
+    inside, wanted = RANGES.get(key, (lambda _: True, ""))
+    return None if inside(value) else wanted

@@ -1,0 +1,93 @@
+"""The section `[head_loss]` as terms and options of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from torchtitan_liger import job_config
+from torchtitan_liger.head_loss import (
+    Collision,
+    CrossEntropy,
+    Distillation,
+    EntropyBonus,
+    Focal,
+    HeadLossOptions,
+    PolicyGradient,
+    Preference,
+    ReferenceKL,
+    SelfWeighted,
+    SequencePolicyGradient,
+    Term,
+    Unlikelihood,
+    ZLoss,
+)
+from torchtitan_liger.head_loss.terms import terms_of
+
+TERMS: dict[str, Callable[..., Term]] = {
+    "cross_entropy": CrossEntropy,
+    "z_loss": ZLoss,
+    "focal": Focal,
+    "entropy_bonus": EntropyBonus,
+    "self_weighted": SelfWeighted,
+    "policy_gradient": PolicyGradient,
+    "reference_kl": ReferenceKL,
+    "collision": Collision,
+    "unlikelihood": Unlikelihood,
+    "distillation": Distillation,
+    "gspo": SequencePolicyGradient,
+    "preference": Preference,
+}
+"""For each table of `job_config.HeadLoss` the term that takes its keys as arguments."""
+
+
+def terms_and_options(
+    config: job_config.HeadLoss, options: HeadLossOptions
+) -> tuple[tuple[Term, ...] | None, HeadLossOptions]:
+    """What `HeadLoss(terms, options)` takes; no terms where the options describe them.
+
+    Args:
+        options: the settings that `[head_loss]` does not have.
+
+    Raises:
+        ValueError: for values that contradict each other; the message names the key.
+    """
+    options = replace(
+        options, logit_softcap=config.logit_softcap, temperature=config.temperature
+    )
+    terms = tuple(
+        term for name in TERMS if (term := _term(name, getattr(config, name)))
+    )
+    plain = replace(
+        options,
+        label_smoothing=config.cross_entropy.label_smoothing,
+        z_loss=config.z_loss.weight or 0.0,
+    )
+    return (None, plain) if terms == terms_of(plain) else (terms, options)
+
+
+def _term(name: str, table: Any) -> Term | None:
+    if table.weight is None:
+        if settings := changes(table, f"head_loss.{name}"):
+            raise ValueError(
+                f"{settings[0]} does nothing without head_loss.{name}.weight: set it "
+                f"too, such as --head_loss.{name}.weight 1"
+            )
+        return None
+    try:
+        return TERMS[name](**vars(table))
+    except ValueError as error:
+        raise ValueError(f"head_loss.{name}: {error}") from None
+
+
+def changes(section: Any, name: str) -> list[str]:
+    """The settings of a section that are not the default, such as `name.key = value`."""
+    found, default = [], type(section)()
+    for field in fields(section):
+        key, value = f"{name}.{field.name}", getattr(section, field.name)
+        if is_dataclass(value):
+            found += changes(value, key)
+        elif value != getattr(default, field.name):
+            found.append(f"{key} = {value}")
+    return found

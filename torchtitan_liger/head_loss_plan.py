@@ -1,0 +1,125 @@
+"""What computes the loss of a job: the frozen result of reading its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from torchtitan_liger.head_loss import CrossEntropy, HeadLoss, HeadLossOptions, Term
+from torchtitan_liger.head_loss.statistics import OF_TEACHER
+from torchtitan_liger.head_loss.terms import terms_of
+from torchtitan_liger.liger_api import LigerHeadLoss
+
+Tensors = Mapping[str, torch.Tensor]
+NUM_LABELED = "num_labeled"
+"""How many labels of a batch are not ignored, as the trainer counts them on the host."""
+TEACHER_LOGITS = "teacher_logits"
+TOKEN_WEIGHTS = "token_weights"
+"""A factor of each token's loss; the head takes it from any batch that has it."""
+
+
+def inputs_of(term: Term) -> set[str]:
+    """The tensors that a term reads from the batch."""
+    teacher = {TEACHER_LOGITS} if term.needs & OF_TEACHER else set()
+    return {*term.inputs, *teacher}
+
+
+@dataclass(frozen=True)
+class HeadLossPlan:
+    """What computes the loss of a job, and why."""
+
+    enabled: bool
+    impl: Literal["liger", "chunked", "reference", "stock"]
+    options: HeadLossOptions
+    terms: tuple[Term, ...] | None = None
+    """What is summed up; None for the terms that `options` describe."""
+    reason: str = ""
+    """Why it is not Liger-Kernel, where that was wanted."""
+    validate: bool = True
+    """Whether validation goes through the head's loss as well."""
+    preflight: bool = True
+    """Whether the head is checked on the real mesh before the first step."""
+    warning: str = ""
+    """What the user has to hear about the choice; empty if nothing."""
+
+    def head_loss(self) -> HeadLoss | LigerHeadLoss:
+        if self.impl == "liger":
+            return LigerHeadLoss(self.options)
+        assert self.impl != "stock"
+        return HeadLoss(self.terms, self.options, impl=self.impl)
+
+    def plain_cross_entropy(self) -> HeadLoss | LigerHeadLoss:
+        """The loss of validation, by which runs with other head losses compare."""
+        options = replace(self.options, label_smoothing=0.0, z_loss=0.0)
+        return replace(self, terms=None, options=options).head_loss()
+
+    @property
+    def row_inputs(self) -> dict[str, str]:
+        """The tensors that terms read from the batch: name -> who reads it."""
+        return {
+            name: f"head_loss.{term.name}"
+            for term in self._all_terms
+            for name in sorted(inputs_of(term))
+        }
+
+    def split_batch(
+        self, batch: Tensors
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """What the head reads of a batch beside the labels, and what the decoder does."""
+        names = {*self.row_inputs, TOKEN_WEIGHTS}
+        rows = {name: batch[name] for name in batch if name in names}
+        return rows, {name: batch[name] for name in batch if name not in names}
+
+    def check_rows(self, rows: Tensors, others: Tensors) -> None:
+        """Whether a batch, split by `split_batch`, can be trained on.
+
+        Raises:
+            ValueError: for a tensor that a term reads and the batch lacks, or one that the
+                implementation does not take.
+        """
+        for name, reader in self.row_inputs.items():
+            if name not in rows:
+                raise ValueError(
+                    f"the batch has no {name}, which {reader} reads; it has "
+                    f"{', '.join(sorted({*rows, *others}))}"
+                )
+        if TOKEN_WEIGHTS in rows and self.impl == "liger":
+            raise ValueError(
+                f"the batch has {TOKEN_WEIGHTS}, which Liger-Kernel does not know: use "
+                "--liger_kernel.impl chunked"
+            )
+
+    @property
+    def formula(self) -> str:
+        """Such as `cross_entropy + 0.0001 * z_loss`."""
+        return " + ".join(
+            term.name if term.weight == 1 else f"{term.weight:g} * {term.name}"
+            for term in self._all_terms
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether cross entropy is all there is to report."""
+        return self.formula == "cross_entropy"
+
+    @property
+    def has_perplexity(self) -> bool:
+        """Whether the term cross_entropy is the mean of -log p."""
+        return any(
+            isinstance(term, CrossEntropy) and not term.label_smoothing
+            for term in self._all_terms
+        )
+
+    @property
+    def _all_terms(self) -> tuple[Term, ...]:
+        return terms_of(self.options) if self.terms is None else self.terms
+
+    def announcement(self) -> str:
+        """One line for the log."""
+        if self.impl == "liger":
+            return "Using Liger-Kernel fused linear cross entropy loss"
+        because = f": {self.reason}" if self.reason else ""
+        return f"Using the {self.impl} linear cross entropy loss{because}"

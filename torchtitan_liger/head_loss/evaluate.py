@@ -54,7 +54,7 @@ class Metrics:
         if not len(extremes_MC):
             return sums
         masked_MC = torch.where(valid_C, extremes_MC, -torch.inf)
-        nothing_M1 = torch.full_like(masked_MC[:, :1], -torch.inf)
+        nothing_M1 = masked_MC.new_full((len(masked_MC), 1), -torch.inf)
         extremes = torch.cat([masked_MC, nothing_M1], dim=1).amax(dim=1)
         return torch.cat([sums, extremes])
 

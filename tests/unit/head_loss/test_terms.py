@@ -544,3 +544,21 @@ def test_a_mixture_is_the_sum_of_its_parts():
     whole = problem.run(lambda *args: head(*args, **given).loss)
     assert relative_error(whole.d_weight, sum(p.d_weight for p in parts)) < 1e-12
     assert relative_error(whole.d_hidden, sum(p.d_hidden for p in parts)) < 1e-12
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_without_any_label_sums_are_zero_and_extremes_infinite(num_tokens):
+    head = HeadLoss([CrossEntropy(), PolicyGradient(), ZLoss(0.1)])
+    hidden = torch.full((num_tokens, 8), torch.nan, requires_grad=True)
+    weight = torch.ones(11, 8, requires_grad=True)
+    labels = torch.full((num_tokens,), -100)
+    nan = torch.full((num_tokens,), torch.nan)
+    out = head(hidden, weight, labels, normalizer=0, advantages=nan, old_logp=nan)
+    out.loss.backward()
+    assert out.loss == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+    assert all(value == 0 for value in out.terms.values())
+    for name, value in out.metrics.items():
+        end = {"max": -torch.inf, "min": torch.inf}.get(name.rpartition("/")[2], 0.0)
+        assert value == end, name

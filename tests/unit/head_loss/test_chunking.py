@@ -34,8 +34,8 @@ def test_no_tokens():
 
 def test_zero_is_the_default_of_the_device_and_a_number_is_itself():
     assert budget_bytes(7, "cuda", 10**6) == 7 * MIB
-    assert budget_bytes(0, "cuda", 2 * 128256) == 4096 * 2 * 128256
-    assert budget_bytes(0, "cuda", 10**6) == 1024 * MIB
+    assert budget_bytes(0, "cuda", 2 * 128256) == 8192 * 2 * 128256
+    assert budget_bytes(0, "cuda", 10**6) == 2048 * MIB
     assert budget_bytes(0, "cpu", 4 * 32768) == 128 * MIB
 
 

@@ -45,6 +45,8 @@ class LigerValidator(Validator):
             if num_steps == most_steps:  # -1: all
                 break
             check_label_range(labels, head.out_features, IGNORE_INDEX)
+            # Counted on the host; under context parallelism ranks have shares of it.
+            num_labeled = int((labels != IGNORE_INDEX).sum())
             self.metrics_processor.ntokens_since_last_log += labels.numel()
             _, input_dict = self.plan.split_batch(input_dict)
             input_dict = {k: v.to(device_type) for k, v in input_dict.items()}
@@ -56,7 +58,11 @@ class LigerValidator(Validator):
                     inputs, **extra_inputs, **extra_kwargs, return_hidden_states=True
                 )
                 loss_sum = head(
-                    hidden_BLD, labels, head_loss=cross_entropy, check_labels=False
+                    hidden_BLD,
+                    labels,
+                    head_loss=cross_entropy,
+                    check_labels=False,
+                    num_labeled=None if self.parallel_dims.cp_enabled else num_labeled,
                 ).loss
             totals += torch.stack([loss_sum.double(), (labels != IGNORE_INDEX).sum()])
         mesh = self.parallel_dims.get_optional_mesh("loss")

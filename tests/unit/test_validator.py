@@ -54,7 +54,9 @@ def validate(model, batches, steps=-1, plan=PLAIN):
     validator.metrics_processor = SimpleNamespace(
         ntokens_since_last_log=0, log_validation=lambda **kw: logged.update(kw)
     )
-    validator.parallel_dims = SimpleNamespace(get_optional_mesh=lambda _: None)
+    validator.parallel_dims = SimpleNamespace(
+        cp_enabled=False, get_optional_mesh=lambda _: None
+    )
     validator.post_dataloading_process = lambda inputs, labels, _: (
         inputs["input"],
         labels,

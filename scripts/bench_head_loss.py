@@ -5,45 +5,43 @@
     python scripts/bench_head_loss.py --mixtures --output benchmarks/mixtures.md
     python scripts/bench_head_loss.py --ignored 0 0.5 0.9 --impl floor stock chunked
     python scripts/bench_head_loss.py --grow tokens --output benchmarks/growth.md
+    torchrun --nproc_per_node 2 scripts/bench_head_loss.py --tp --output benchmarks/tp.md
 
 Each row is one forward and backward pass, from hidden states to the gradients of hidden
 states and weight, on the same random inputs. The Markdown table has a CSV with all
-figures beside it, and with --grow a picture. What is measured: head_loss_cases.py.
+figures beside it, and with --grow a picture. What is measured: head_loss_cases.py, of
+which losses: head_loss_mixtures.py, and with --tp: head_loss_tp.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import gc
 import itertools
-import json
-import math
-import os
 import random
 import statistics
 import sys
-import tempfile
-import textwrap
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import head_loss_tp
 import torch
 from head_loss_cases import (
     FAMILIES,
+    TEACHER_PRODUCT,
     Case,
-    Inputs,
-    Problem,
-    Step,
     Unavailable,
     mixture_cases,
-    true_gradients,
     unfused,
 )
-from provenance import heading, installed
-from torch.profiler import ProfilerActivity, profile
+from head_loss_measure import (
+    drop_gradients,
+    peak_memory,
+    relative_error,
+    release,
+    time_once,
+)
+from head_loss_mixtures import Inputs, Problem, true_gradients
+from head_loss_tables import COLUMNS, QUANTITIES, Row, markdown, write
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -60,31 +58,12 @@ GROWTH = {
     "vocab": [2**n for n in range(14, 19)],
 }
 NOT_GROWN = ("floor", "liger-raw")  # too much memory; too many lines in one picture
-QUANTITIES = ("loss", "d_hidden", "d_weight")
-COLUMNS = (
-    *("tokens", "dim", "vocab", "dtype", "device", "ignored", "implementation"),
-    *("ms", "ms_min", "ms_max", "us_per_token", "ratio", "extra_bytes"),
-    *(f"{q}_error" for q in QUANTITIES),
-    *(f"{q}_error_ratio" for q in QUANTITIES),
-    "result",
-)
-EXPLANATION = """
-Time is the median of {repeats} passes, forward and backward, after {warmup} that do not count;
-the implementations take turns, in a new order each round. The ratio is to the first row for the
-same sizes and labels. Extra memory is the peak above the inputs, both gradients included, as told by
-{memory}. Errors are relative, in the Frobenius norm, against full logits in float64; in
-parentheses, divided by the error of full logits in plain torch in the inputs' dtype. A loss
-is one number, whose error can be small by chance.
-"""
-MEMORY = {
-    "cuda": "torch.cuda.max_memory_allocated",
-    "cpu": "torch's profiler: what torch's allocator has given out",
-}
-Row = dict[str, Any]
 
 
 def main() -> int:
     args = parse_args()
+    if args.tp:
+        return head_loss_tp.run(args)
     first = Problem(
         args.tokens, args.dim, args.vocab, args.dtype, args.device, seed=args.seed
     )
@@ -107,6 +86,9 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--impl", choices=FAMILIES, nargs="+", help="default: all")
     add("--mixtures", action="store_true", help="mixtures of losses instead")
+    add("--tp", action="store_true", help="mixtures, the vocabulary over the processes")
+    add("--uneven", action="store_true", help="with --tp: rank r has r + 1 parts of it")
+    add("--append", action="store_true", help="with --tp: keep the rows of --output")
     add("--ignored", type=float, nargs="+", default=[0.0], help="shares of the labels")
     add("--grow", choices=GROWTH, help="one size after the other, without errors")
     add("--sizes", type=int, nargs="+", help="for --grow")
@@ -124,8 +106,16 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--output", type=Path, help="Markdown file; CSV and picture beside it")
     args = parser.parse_args()
-    if args.mixtures and args.impl:
-        parser.error("--mixtures has its own rows: leave out --impl")
+    if sum(map(bool, (args.mixtures, args.impl, args.tp))) > 1:
+        parser.error(
+            "--mixtures and --tp have their own rows: give one, without --impl"
+        )
+    if args.tp and args.grow:
+        parser.error("--tp has one size: leave out --grow")
+    if (args.uneven or args.append) and not args.tp:
+        parser.error("--uneven and --append belong to --tp")
+    if args.append and not args.output:
+        parser.error("--append needs the --output to which it adds rows")
     if args.sizes and not args.grow:
         parser.error("--sizes needs --grow tokens or --grow vocab")
     if not all(0 <= share < 1 for share in args.ignored):
@@ -159,7 +149,8 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
 def measure(problem: Problem, cases: list[Case], args: argparse.Namespace) -> list[Row]:
     """A row for each case, whatever happens to it."""
     torch.compiler.reset()  # for this shape alone, as in training
-    inputs = problem.inputs()
+    with_teacher = any(case.mixture.has_teacher for case in cases)
+    inputs = problem.inputs(with_teacher=with_teacher)
     shape = {
         "tokens": problem.tokens,
         "dim": problem.dim,
@@ -185,6 +176,7 @@ def measure(problem: Problem, cases: list[Case], args: argparse.Namespace) -> li
     for row in rows:
         if row["ms"] and rows[0]["ms"]:
             row["ratio"] = row["ms"] / rows[0]["ms"]
+    add_overheads(table)
     return rows
 
 
@@ -209,42 +201,13 @@ def try_once(case: Case, inputs: Inputs, truth: dict[str, torch.Tensor] | None) 
         return {"result": reason(error)}
 
 
-def release(inputs: Inputs) -> None:
-    """Forget what the case before has left."""
-    drop_gradients(inputs)
-    if inputs.hidden_TD.is_cuda:
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def drop_gradients(inputs: Inputs) -> None:
-    inputs.hidden_TD.grad = inputs.weight_VD.grad = None
-
-
-def peak_memory(step: Step, device: torch.device) -> tuple[int, torch.Tensor | None]:
-    """Bytes that a step takes above those that are taken before it, and its loss."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        loss = step()
-        return torch.cuda.max_memory_allocated() - before, loss
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else two lines for each profile
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loss = step()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = [e for e in events if e["name"] == "[memory]"]
-    changes.sort(key=lambda event: event["ts"])
-    taken = itertools.accumulate(event["args"]["Bytes"] for event in changes)
-    return max(taken, default=0), loss
-
-
-def relative_error(value: torch.Tensor | None, truth: torch.Tensor) -> float:
-    assert value is not None, "no gradient"
-    return ((value.double() - truth).norm() / truth.norm()).item()
+def add_overheads(table: list[tuple[Case, Row]]) -> None:
+    """What a teacher costs beyond its product, as a share of the first row's time."""
+    base_ms = table[0][1]["ms"]
+    product_ms = next((row["ms"] for case, row in table if case is TEACHER_PRODUCT), 0)
+    for case, row in table:
+        if case.mixture.has_teacher and row["ms"] and base_ms and product_ms:
+            row["overhead"] = (row["ms"] - base_ms - product_ms) / base_ms
 
 
 def add_error_ratios(row: Row, plain: Row) -> None:
@@ -284,106 +247,6 @@ def take_times(
             row["ms"] = 1e3 * statistics.median(seconds)
             row["ms_min"], row["ms_max"] = 1e3 * min(seconds), 1e3 * max(seconds)
             row["us_per_token"] = 1e3 * row["ms"] / row["tokens"]
-
-
-def time_once(case: Case, inputs: Inputs) -> float:
-    step = case.prepare(inputs)
-    drop_gradients(inputs)
-    if not inputs.hidden_TD.is_cuda:
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    step()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-def write(rows: list[Row], base: str, args: argparse.Namespace) -> None:
-    if not args.output:
-        return
-    shape = ", ".join(
-        f"{name} {' '.join(str(value) for value in dict.fromkeys(r[name] for r in rows))}"
-        for name in ("tokens", "dim", "vocab", "ignored", "dtype", "device")
-    )
-    shape += f"; cut-cross-entropy {installed('cut-cross-entropy')}.\n"
-    note = EXPLANATION.format(
-        repeats=args.repeats, warmup=args.warmup, memory=MEMORY[args.device]
-    )
-    note = textwrap.fill(note.strip(), width=92)
-    text = f"{heading()}\n{shape}\n{note}\n\n{markdown(rows, base)}"
-    if args.grow:
-        picture = args.output.with_suffix(".png")
-        draw(rows, args.grow, picture)
-        text += f"\n![Growth with {args.grow}]({picture.name})\n"
-    args.output.write_text(text)
-    with open(args.output.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def markdown(rows: list[Row], base: str) -> str:
-    """The table for people; columns without a difference or a figure are left out."""
-    columns = {
-        name: [str(row[name]) for row in rows]
-        for name in ("tokens", "vocab", "ignored")
-        if len({row[name] for row in rows}) > 1
-    }
-    columns["implementation"] = [row["implementation"] for row in rows]
-    columns["ms"] = [figure(row["ms"], "{:.2f}") for row in rows]
-    columns["µs/token"] = [figure(row["us_per_token"], "{:.3f}") for row in rows]
-    columns[f"ratio to {base}"] = [figure(row["ratio"], "{:.3f}") for row in rows]
-    gib = [row["extra_bytes"] and row["extra_bytes"] / 2**30 for row in rows]
-    columns["extra GiB"] = [figure(value, "{:.3f}") for value in gib]
-    for name in QUANTITIES:
-        columns[f"error of {name}"] = [
-            figure(row[f"{name}_error"], "{:.2e}")
-            + figure(row[f"{name}_error_ratio"], " ({:.2f})")
-            for row in rows
-        ]
-    columns["result"] = [row["result"] for row in rows]
-    if set(columns["result"]) == {"ok"}:
-        del columns["result"]
-    columns = {name: cells for name, cells in columns.items() if any(cells)}
-    lines = [
-        list(columns),
-        ["---"] * len(columns),
-        *zip(*columns.values(), strict=True),
-    ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def figure(value: float | None, template: str) -> str:
-    return "" if value is None else template.format(value)
-
-
-def draw(rows: list[Row], grow: str, path: Path) -> None:
-    """Time per token and extra memory of each implementation, as `grow` grows."""
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(13, 4.5), layout="constrained")
-    panels = picture.subplots(1, 2)
-    for name in dict.fromkeys(row["implementation"] for row in rows):
-        mine = [r for r in rows if r["implementation"] == name and r["result"] == "ok"]
-        sizes = [row[grow] for row in mine]
-        us = [row["us_per_token"] for row in mine]
-        gib = [(row["extra_bytes"] or math.nan) / 2**30 for row in mine]
-        panels[0].plot(sizes, us, "o-")
-        label = name if mine else f"{name} (does not run)"
-        panels[1].plot(sizes, gib, "o-", label=label)
-    ticks = list(dict.fromkeys(row[grow] for row in rows))
-    for panel, title in zip(panels, ("µs per token", "extra memory, GiB"), strict=True):
-        panel.set(xscale="log", yscale="log", xlabel=grow, title=title)
-        panel.set_xticks(ticks, [f"{size:,}" for size in ticks], fontsize="small")
-        panel.set_xticks([], minor=True)
-        panel.grid(alpha=0.3)
-    legend = panels[1].get_legend_handles_labels()
-    picture.legend(*legend, loc="outside right center", fontsize="small")
-    picture.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

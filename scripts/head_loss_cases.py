@@ -1,7 +1,6 @@
-"""What scripts/bench_head_loss.py measures: inputs, losses and implementations.
+"""The implementations that scripts/bench_head_loss.py measures: its rows.
 
-A new mixture of losses is a line in `MIXTURES`; a term that is new there also needs its
-formula in `PLAIN`. A new implementation is a function in `FAMILIES`.
+A new one is a function in `FAMILIES`. The losses are in head_loss_mixtures.py.
 
 `T` tokens, `C` tokens of a piece, `D` width, `V` vocabulary.
 """
@@ -9,170 +8,30 @@ formula in `PLAIN`. A new implementation is a function in `FAMILIES`.
 from __future__ import annotations
 
 import inspect
-import math
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial, reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from head_loss_mixtures import (
+    CROSS_ENTROPY,
+    IGNORE_INDEX,
+    MIXTURES,
+    Inputs,
+    Mixture,
+    plain_loss,
+)
 
 from torchtitan_liger import device
-from torchtitan_liger.head_loss import (
-    CrossEntropy,
-    EntropyBonus,
-    HeadLoss,
-    HeadLossOptions,
-    PolicyGradient,
-    Term,
-    ZLoss,
-)
+from torchtitan_liger.head_loss import Distillation, HeadLoss, HeadLossOptions, Term
 from torchtitan_liger.liger_api import LigerHeadLoss, liger_status
-
-IGNORE_INDEX = -100
 
 
 class Unavailable(Exception):
     """The implementation is not there; the message says why."""
-
-
-class Inputs(NamedTuple):
-    """The first three are what every implementation takes."""
-
-    hidden_TD: torch.Tensor
-    weight_VD: torch.Tensor
-    labels_T: torch.Tensor
-    rows: dict[str, torch.Tensor]  # each [T], what the terms ask for by name
-    num_labeled: int
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A shape, and the random numbers that fill it."""
-
-    tokens: int
-    dim: int
-    vocab: int
-    dtype: torch.dtype
-    device: str
-    ignored: float = 0.0  # share of the labels
-    seed: int = 0
-
-    def inputs(self) -> Inputs:
-        """Hidden states of variance 1, logits of variance about 1, uniform labels."""
-        g = torch.Generator(self.device).manual_seed(self.seed)
-        kwargs: dict[str, Any] = {"device": self.device, "generator": g}
-        hidden_TD = torch.randn(self.tokens, self.dim, dtype=self.dtype, **kwargs)
-        weight_VD = torch.randn(self.vocab, self.dim, dtype=self.dtype, **kwargs)
-        weight_VD /= self.dim**0.5
-        words_T = torch.randint(self.vocab, (self.tokens,), **kwargs)
-        num_ignored = round(self.ignored * self.tokens)
-        ignored_T = torch.randperm(self.tokens, **kwargs) < num_ignored
-        # The log probability of a word without logits: as the weight is normal, the
-        # log-sum-exp over a large vocabulary is log V + |hidden|^2 / 2D.
-        lse_T = math.log(self.vocab) + hidden_TD.float().square().mean(1) / 2
-        logp_T = (hidden_TD.float() * weight_VD[words_T].float()).sum(1) - lse_T
-        noise_T = torch.randn(self.tokens, **kwargs)
-        rows = {
-            "advantages": torch.randn(self.tokens, **kwargs),
-            "old_logp": logp_T + 0.1 * noise_T,  # the policy has moved by a few steps
-        }
-        return Inputs(
-            hidden_TD.requires_grad_(),
-            weight_VD.requires_grad_(),
-            words_T.masked_fill(ignored_T, IGNORE_INDEX),
-            rows,
-            self.tokens - num_ignored,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Mixture:
-    """A sum of terms, and what they need."""
-
-    name: str
-    terms: tuple[Term, ...]
-    rows: tuple[str, ...] = ()
-    accuracy: bool = False  # reported too, where that is not for nothing
-
-
-CROSS_ENTROPY = Mixture("cross entropy", (CrossEntropy(),))
-MIXTURES = (
-    CROSS_ENTROPY,
-    Mixture("cross entropy + z-loss", (CrossEntropy(), ZLoss(1e-4))),
-    Mixture(
-        "cross entropy + z-loss + entropy + accuracy + GRPO",
-        (CrossEntropy(), ZLoss(1e-4), EntropyBonus(0.01), PolicyGradient("ppo")),
-        rows=("advantages", "old_logp"),
-        accuracy=True,
-    ),
-)
-
-
-class FullSoftmax(NamedTuple):
-    """What a loss in plain torch is computed from."""
-
-    logits_CV: torch.Tensor
-    log_softmax_CV: torch.Tensor
-    logp_C: torch.Tensor  # of the labels
-    rows: Mapping[str, torch.Tensor]  # each [C]
-
-
-def clipped_policy_gradient(term: PolicyGradient, full: FullSoftmax) -> torch.Tensor:
-    advantages_C = full.rows["advantages"]
-    ratio_C = (full.logp_C - full.rows["old_logp"]).exp()
-    clipped_C = ratio_C.clamp(1 - term.clip_low, 1 + term.clip_high)
-    return -torch.minimum(ratio_C * advantages_C, clipped_C * advantages_C)
-
-
-# Each term as one writes it with all logits at hand: [C], before its weight.
-PLAIN: dict[type, Callable[[Any, FullSoftmax], torch.Tensor]] = {
-    CrossEntropy: lambda term, full: -full.logp_C,
-    ZLoss: lambda term, full: full.logits_CV.logsumexp(-1).square(),
-    EntropyBonus: lambda term, full: (
-        full.log_softmax_CV.exp() * full.log_softmax_CV
-    ).sum(-1),
-    PolicyGradient: clipped_policy_gradient,
-}
-
-
-def plain_loss(
-    mixture: Mixture,
-    logits_CV: torch.Tensor,
-    labels_C: torch.Tensor,
-    rows: Mapping[str, torch.Tensor],
-) -> torch.Tensor:
-    """The sum over tokens of a mixture, from logits, in their dtype, by autograd."""
-    valid_C = labels_C != IGNORE_INDEX
-    log_softmax_CV = logits_CV.log_softmax(-1)
-    index_C1 = labels_C.clamp(min=0)[:, None]
-    logp_C = log_softmax_CV.gather(1, index_C1).squeeze(1)
-    full = FullSoftmax(logits_CV, log_softmax_CV, logp_C, rows)
-    losses_C = sum(
-        term.weight * PLAIN[type(term)](term, full) for term in mixture.terms
-    )
-    return torch.where(valid_C, losses_C, 0.0).sum()
-
-
-def true_gradients(mixture: Mixture, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """Loss and gradients in float64 from full logits, a piece of the rows at a time."""
-    hidden_TD = inputs.hidden_TD.detach().double().requires_grad_()
-    weight_VD = inputs.weight_VD.detach().double().requires_grad_()
-    loss = hidden_TD.new_zeros(())
-    piece = max(1, 2**29 // (8 * len(weight_VD)))
-    for start in range(0, len(hidden_TD), piece):
-        rows = slice(start, start + piece)
-        logits_CV = hidden_TD[rows] @ weight_VD.T
-        columns = {name: x_T[rows].double() for name, x_T in inputs.rows.items()}
-        part = plain_loss(mixture, logits_CV, inputs.labels_T[rows], columns)
-        part = part / inputs.num_labeled
-        part.backward()
-        loss += part.detach()
-    assert hidden_TD.grad is not None
-    assert weight_VD.grad is not None
-    return {"loss": loss, "d_hidden": hidden_TD.grad, "d_weight": weight_VD.grad}
 
 
 Step = Callable[[], torch.Tensor | None]
@@ -275,10 +134,13 @@ def torch_own(args: Namespace) -> Iterator[Case]:
 
 
 def engine_loss(
-    head_loss: HeadLoss | LigerHeadLoss, inputs: Inputs, rows: tuple[str, ...] = ()
+    head_loss: HeadLoss | LigerHeadLoss,
+    inputs: Inputs,
+    rows: tuple[str, ...] = (),
+    **hints: Any,
 ) -> torch.Tensor:
     """As the trainer calls it: the labels are looked at, and counted, on the host."""
-    hints: dict[str, Any] = {name: inputs.rows[name] for name in rows}
+    hints |= {name: inputs.rows[name] for name in rows}
     if "num_labeled" in inspect.signature(head_loss.__call__).parameters:
         hints["num_labeled"] = inputs.num_labeled
     return head_loss(
@@ -364,7 +226,10 @@ def unfused(mixture: Mixture) -> Case:
         logits_TV = F.linear(inputs.hidden_TD, inputs.weight_VD).float()
         if mixture.accuracy:
             (logits_TV.detach().argmax(-1) == inputs.labels_T).sum()
-        loss = plain_loss(mixture, logits_TV, inputs.labels_T, inputs.rows)
+        teacher, teacher_TV = inputs.teacher, None
+        if mixture.has_teacher:
+            teacher_TV = F.linear(teacher.hidden, teacher.weight).float()
+        loss = plain_loss(mixture, logits_TV, inputs.labels_T, inputs.rows, teacher_TV)
         return loss / inputs.num_labeled
 
     return autograd_case("full logits", loss_of, mixture)
@@ -374,9 +239,29 @@ def calls_loss(
     mixture: Mixture, calls: Sequence[Sequence[Term]], inputs: Inputs
 ) -> torch.Tensor:
     """The sum of several head losses, each with terms of its own."""
-    head_losses = (HeadLoss(terms) for terms in calls)
-    losses = (engine_loss(head, inputs, mixture.rows) for head in head_losses)
+    losses = []
+    for terms in calls:
+        learns = any(isinstance(term, Distillation) for term in terms)
+        teacher = inputs.teacher if learns else None
+        losses += [engine_loss(HeadLoss(terms), inputs, mixture.rows, teacher=teacher)]
     return reduce(torch.add, losses)
+
+
+def prepare_teacher_product(inputs: Inputs) -> Step:
+    """What a distillation cannot do without, into memory that is there already."""
+    teacher_ND = inputs.teacher.hidden[: inputs.num_labeled]
+    teacher_VD = inputs.teacher.weight
+    logits_NV = teacher_ND.new_empty(inputs.num_labeled, len(teacher_VD))
+
+    def step() -> None:
+        torch.mm(teacher_ND, teacher_VD.T, out=logits_NV)
+
+    return step
+
+
+TEACHER_PRODUCT = Case(
+    "teacher's product alone", prepare_teacher_product, has_gradients=False
+)
 
 
 def mixture_cases() -> Iterator[Case]:
@@ -389,3 +274,4 @@ def mixture_cases() -> Iterator[Case]:
             calls = partial(calls_loss, mixture, [[term] for term in terms])
             yield autograd_case(f"{name}: {len(terms)} calls", calls, mixture)
         yield replace(unfused(mixture), name=f"{mixture.name}: full logits")
+    yield TEACHER_PRODUCT

@@ -18,12 +18,15 @@ def heading() -> str:
     """When, where and with what the table was measured."""
     names = ("torch", "triton", "torchtitan", "liger-kernel")
     versions = ", ".join(f"{name} {installed(name)}" for name in names)
-    command = ["python", f"scripts/{Path(sys.argv[0]).name}"]
+    launcher = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+    command = [*launcher, f"scripts/{Path(sys.argv[0]).name}"]
     arguments = iter(sys.argv[1:])
     for argument in arguments:
         if argument in ("--output", "--logs"):  # places on one machine
             next(arguments)
-        else:
+        elif not argument.startswith(("--output=", "--logs=")):
             command.append(argument)
     ngpu = f"NGPU={os.environ['NGPU']} " if "NGPU" in os.environ else ""
     return (

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, python_env, run_command
 from torchtitan_liger.head_loss import HeadLossOutput
 
 TOKENS, DIM, VOCAB = 65, 48, 517
@@ -20,9 +20,15 @@ GRADIENT_BYTES = (TOKENS + VOCAB) * DIM * 4
 
 @pytest.fixture
 def cases(monkeypatch):
-    """The module that holds the implementations and the losses."""
+    """The module that holds the implementations."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     return importlib.import_module("head_loss_cases")
+
+
+@pytest.fixture
+def mixtures(cases):
+    """The module that holds the problems and the losses."""
+    return importlib.import_module("head_loss_mixtures")
 
 
 @pytest.fixture
@@ -76,13 +82,75 @@ def test_every_implementation_has_a_row_with_figures_or_a_reason(bench, cases):
 
 
 def test_each_mixture_is_measured_in_one_call_in_several_and_from_full_logits(
-    bench, cases
+    bench, mixtures
 ):
-    rows, _ = bench("--mixtures", "--ignored", "0", "0.5")
-    assert len(rows) == 2 * (3 * len(cases.MIXTURES) - 1)  # one term: no several calls
-    assert [row["ignored"] for row in rows[:: len(rows) // 2]] == ["0.0", "0.5"]
-    for row in rows:
-        check_figures(row)
+    rows, text = bench("--mixtures", "--ignored", "0", "0.5")
+    half = len(rows) // 2
+    assert half == 3 * len(mixtures.MIXTURES)  # one has no calls; and the product
+    assert [row["ignored"] for row in rows[::half]] == ["0.0", "0.5"]
+    for *losses, product in (rows[:half], rows[half:]):
+        assert product["implementation"] == "teacher's product alone"
+        base_ms, product_ms = float(losses[0]["ms"]), float(product["ms"])
+        for row in losses:
+            check_figures(row)
+            if "distillation" not in row["implementation"]:
+                assert not row["overhead"]
+                continue
+            beyond_ms = float(row["ms"]) - base_ms - product_ms
+            assert float(row["overhead"]) == pytest.approx(beyond_ms / base_ms)
+    assert "| overhead |" in text
+    assert "The overhead of a distillation" in text
+
+
+@pytest.mark.slow
+def test_a_vocabulary_over_two_processes_is_measured_beside_one(
+    bench, mixtures, tmp_path
+):
+    sizes = ("--tokens=1100", "--dim=16", "--vocab=101", "--ignored=0.05")
+    rows, _ = bench("--tp", *sizes)
+    names = [mixture.name for mixture in mixtures.MIXTURES]
+    assert [row["mixture"] for row in rows] == names
+    run_command(
+        sys.executable,
+        *("-m", "torch.distributed.run", "--nproc_per_node=2"),
+        *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
+        *(ROOT / "scripts/bench_head_loss.py", "--tp", "--device=cpu", *sizes),
+        *("--repeats=2", "--uneven", "--append", "--output", tmp_path / "result.md"),
+        env=python_env(),
+        cwd=ROOT,
+    )
+    with open(tmp_path / "result.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["mixture"] for row in rows[::2]] == names
+    assert [row["mixture"] for row in rows[1::2]] == names
+    for single, double in zip(rows[::2], rows[1::2], strict=True):
+        assert (single["tp"], single["shards"]) == ("1", "even")
+        assert (double["tp"], double["shards"]) == ("2", "uneven")
+        assert (single["chunks"], double["chunks"]) == ("2", "2")
+        assert single["collectives"] == single["collectives_backward"] == "0"
+        # A Jensen-Shannon divergence is known when both softmaxes are: one more.
+        per_chunk = 2 if "JSD" in double["mixture"] else 1
+        assert float(double["collectives_per_chunk"]) == per_chunk
+        assert double["collectives_backward"] == "1"  # the gradient of hidden states
+        assert 0 < float(double["ms_min"]) <= float(double["ms"])
+        assert float(double["ms"]) <= float(double["ms_max"])
+        assert float(double["ratio"]) == float(double["ms"]) / float(single["ms"])
+        for name in QUANTITIES:
+            assert 0 <= float(double[f"{name}_error"]) < 2e-6
+    text = (tmp_path / "result.md").read_text()
+    assert text.count("    python scripts/bench_head_loss.py --device=cpu") == 1
+    assert str(tmp_path) not in text
+    assert "    torchrun --nproc_per_node 2 scripts/bench_head_loss.py --tp" in text
+    assert text.count("| TP |") == 1
+
+
+def test_columns_of_the_ranks_cover_the_vocabulary_once(cases):
+    columns_of = importlib.import_module("head_loss_tp").columns_of
+    for uneven, expected in ((False, [25, 25, 25, 26]), (True, [10, 20, 30, 41])):
+        slices = [columns_of(101, rank, 4, uneven) for rank in range(4)]
+        assert [part.stop - part.start for part in slices] == expected
+        words = [word for part in slices for word in range(101)[part]]
+        assert words == list(range(101))
 
 
 def test_growth_has_a_row_for_each_size_and_a_picture(bench, tmp_path):
@@ -123,13 +191,13 @@ def test_an_implementation_that_fails_says_why_in_its_row(bench, cases, monkeypa
     assert rows[0]["result"] == reason
 
 
-def test_a_call_that_takes_the_number_of_labels_is_told_it(cases):
+def test_a_call_that_takes_the_number_of_labels_is_told_it(cases, mixtures):
     class Counting:
         def __call__(self, *tensors, num_labeled=None, **kwargs):
             self.num_labeled = num_labeled
             return HeadLossOutput(tensors[0].sum(), {}, {})
 
-    problem = cases.Problem(TOKENS, DIM, VOCAB, torch.float32, "cpu", ignored=0.9)
+    problem = mixtures.Problem(TOKENS, DIM, VOCAB, torch.float32, "cpu", ignored=0.9)
     inputs, counting = problem.inputs(), Counting()
     cases.engine_loss(counting, inputs)
     assert counting.num_labeled == (inputs.labels_T != cases.IGNORE_INDEX).sum() == 7

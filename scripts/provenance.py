@@ -52,10 +52,12 @@ def installed(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit of this tree; BENCH_COMMIT where the tree came without its history."""
+    """The commit of this tree; BENCH_COMMIT where the tree is a copy that has another."""
+    if given := os.environ.get("BENCH_COMMIT"):
+        return given
     git = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
     try:
         found = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
         found = ""
-    return found or os.environ.get("BENCH_COMMIT", "unknown")
+    return found or "unknown"

@@ -19,6 +19,7 @@ from torchtitan_liger.head_loss.calls import (
     kept_rows,
     prepare,
     scale_gradient,
+    without_second_derivative,
 )
 from torchtitan_liger.head_loss.chunking import ChunkPlan, budget_bytes, make_plan
 from torchtitan_liger.head_loss.engine import HeadLossOutput
@@ -262,7 +263,7 @@ class _LigerFunction(torch.autograd.Function):
         return loss.detach().float() * scale, z_loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @without_second_derivative
     def backward(
         ctx: Any, grad_loss: torch.Tensor, _grad_z_loss: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch.distributed.tensor import DTensor
+
+_Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
 
 class Call(NamedTuple):
@@ -121,6 +123,28 @@ def kept_rows(
     return order_T[:num_labeled], scale, True
 
 
+def check_candidates(
+    call: Call,
+    words_TK: torch.Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    check_labels: bool,
+) -> Call:
+    """The call; its scale is NaN if a token with a label has a candidate beyond the
+    vocabulary.
+
+    Raises:
+        ValueError: for such a candidate, with `check_labels`.
+    """
+    bad_TK = (words_TK >= vocab_size) & (call.labels_T != ignore_index)[:, None]
+    if check_labels and not torch.compiler.is_compiling() and bad_TK.any():
+        raise ValueError(
+            f"candidates must be below {vocab_size}, the size of the vocabulary, got "
+            f"{words_TK[bad_TK][0].item()}"
+        )
+    return call._replace(scale=call.scale.masked_fill(bad_TK.any(), torch.nan))
+
+
 def products_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     """The dtype of `hidden @ weight.T`: the inputs' own, or autocast's.
 
@@ -157,6 +181,23 @@ def check_label_range(labels: torch.Tensor, vocab_size: int, ignore_index: int) 
         f"neither a word of the vocabulary, [0, {vocab_size}), nor ignore_index "
         f"({ignore_index}); {int(bad.sum())} of {labels.numel()} labels are like it"
     )
+
+
+def without_second_derivative(backward: _Backward) -> _Backward:
+    """Mark a backward pass through which nobody can differentiate: to try raises.
+
+    `once_differentiable` alone would take its results for constants where the incoming
+    gradient is one, as that of the loss itself is.
+    """
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def wrapped(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = tuple(x.detach().requires_grad_() for x in grads)
+        return once(ctx, *grads)
+
+    return cast(_Backward, wrapped)
 
 
 def scale_gradient(

@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchtitan_liger.head_loss.calls import scale_gradient
+from torchtitan_liger.head_loss.calls import (
+    scale_gradient,
+    without_second_derivative,
+)
 from torchtitan_liger.head_loss.evaluate import partials_of, values_of
 from torchtitan_liger.head_loss.passes import Chunk, HeadCall, Passes, Softmax
 from torchtitan_liger.head_loss.statistics import Coefficients, Partials
@@ -56,7 +59,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
         return result.loss, result.by_term, result.metrics
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @without_second_derivative
     def backward(
         ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
@@ -99,7 +102,7 @@ class ChunkedTokenLosses(torch.autograd.Function):
         return values.by_row * call.scale
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @without_second_derivative
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_TD, weight_vD = ctx.saved_tensors
         call = ctx.call

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from math import lcm
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 import torchtitan_liger.head_loss.opaque as opaque
-from torchtitan_liger.head_loss.calls import Call, kept_rows, per_token, prepare
+from torchtitan_liger.head_loss.calls import (
+    Call,
+    check_candidates,
+    kept_rows,
+    per_token,
+    prepare,
+)
 from torchtitan_liger.head_loss.chunked import ChunkedHeadLoss, ChunkedTokenLosses
 from torchtitan_liger.head_loss.chunking import (
     ChunkPlan,
@@ -97,6 +104,10 @@ class HeadLoss:
         self._sequence_terms = [t for t in self.terms if isinstance(t, SequenceTerm)]
         self._handle = opaque.register(self.terms, self._metrics, self.options)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # of a copy, which may be in another process
+        self._handle = opaque.register(self.terms, self._metrics, self.options)
+
     def __call__(
         self,
         hidden: torch.Tensor,
@@ -147,12 +158,13 @@ class HeadLoss:
         if reduction not in ("sum", "none"):
             raise ValueError(f'reduction must be "sum" or "none", got {reduction!r}')
         num_columns = weight.shape[0]
+        vocab_size = num_columns if shard is None else shard.vocab_size
         call = prepare(
             hidden,
             weight,
             labels,
             normalizer=normalizer,
-            vocab_size=num_columns if shard is None else shard.vocab_size,
+            vocab_size=vocab_size,
             ignore_index=self.options.ignore_index,
             check_labels=check_labels,
         )
@@ -179,6 +191,11 @@ class HeadLoss:
                 "tokens depend on each other: give token_weights instead"
             )
         rows = self._rows(row_inputs, labels, call.scale.dtype)
+        if "candidates" in self._inputs:
+            ignored = self.options.ignore_index
+            call = check_candidates(
+                call, rows["candidates"], vocab_size, ignored, check_labels
+            )
         sequences = self._sequences(labels, sequence_ids, num_sequences)
         if (teacher is not None) != self._needs_teacher:
             names = [t.name for t in self.terms if t.needs & OF_TEACHER]
@@ -204,7 +221,10 @@ class HeadLoss:
         # What an ignored row holds must not reach the others of its sequence.
         rows = {name: _masked(x, valid_N) for name, x in rows.items()}
         if sequences is not None:
-            sequences = sequences._replace(valid_C=valid_N)
+            ids_N = sequences.ids_C
+            if sequences.tokens_each is None:  # the caller's
+                ids_N = torch.where(valid_N, ids_N, 0)
+            sequences = sequences._replace(ids_C=ids_N, valid_C=valid_N)
 
         plan, two_phase = self._schedule(
             labels_N.numel(), weight, call.products_dtype, shard, sequences
@@ -230,7 +250,8 @@ class HeadLoss:
             losses_N = ChunkedTokenLosses.apply(call.hidden_TD, weight, head_call)
             losses_T = losses_N
             if kept_N is not None:
-                zeros_T = losses_N.new_zeros(call.labels_T.shape)
+                # NaN if there are other labels than the caller has counted.
+                zeros_T = torch.zeros_like(call.labels_T, dtype=scale.dtype) * scale
                 losses_T = zeros_T.index_copy(0, kept_N, losses_N)
             return HeadLossOutput(losses_T.view(labels.shape), {}, {})
         if torch.compiler.is_compiling() and opaque.fits(head_call):
@@ -309,7 +330,7 @@ class HeadLoss:
         if sequences.tokens_each is None or None in groups:
             return plan, True
         # One after the other, sequences may share a chunk, but not be cut.
-        unit = sequences.tokens_each * max(group or 1 for group in groups)
+        unit = sequences.tokens_each * lcm(*(group or 1 for group in groups))
         aligned = align_chunks(plan, num_tokens, unit)
         return (plan, True) if aligned is None else (aligned, False)
 

@@ -10,7 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchtitan_liger.head_loss.statistics import WITHOUT_GRADIENT, Partials, Statistics
+from torchtitan_liger.head_loss.statistics import (
+    WITHOUT_GRADIENT,
+    Partials,
+    Statistics,
+)
 from torchtitan_liger.head_loss.terms import Rows, Sequences, SequenceTerm, Term
 
 
@@ -156,13 +160,13 @@ def _by_autograd(
     valid_C: torch.Tensor,
     sequences: Sequences | None,
 ) -> dict[str, torch.Tensor]:
-    wanted = {"logp", "lse"}.union(*(term.needs for term in terms)) - WITHOUT_GRADIENT
     with torch.enable_grad():
         leaves: dict[str, Any] = {
-            name: value.detach().requires_grad_(name in wanted)
+            name: value.detach().requires_grad_(name not in WITHOUT_GRADIENT)
             for name, value in stats._asdict().items()
             if isinstance(value, torch.Tensor)
         }
+        wanted = [name for name in leaves if name not in WITHOUT_GRADIENT]
         stats = stats._replace(**leaves)
         loss_C = torch.zeros_like(weight_C)
         for term in terms:
@@ -184,5 +188,12 @@ def _loss(
 ) -> torch.Tensor:
     if isinstance(term, SequenceTerm):
         assert sequences is not None
-        return term.sequence_loss(stats, rows, sequences)
-    return term.loss(stats, rows)
+        loss_C = term.sequence_loss(stats, rows, sequences)
+    else:
+        loss_C = term.loss(stats, rows)
+    if loss_C.shape != stats.logp.shape:
+        raise ValueError(
+            f"the term {term.name} must give one loss for each token, "
+            f"{list(stats.logp.shape)}, got {list(loss_C.shape)}"
+        )
+    return loss_C

@@ -23,15 +23,22 @@ class _Recipe(NamedTuple):
 
 
 _recipes: list[_Recipe] = []
+_handles: dict[tuple[tuple[Term, ...], HeadLossOptions], int] = {}
 
 
 def register(terms: Sequence[Term], metrics: Metrics, options: HeadLossOptions) -> int:
-    """A number by which a graph can name what is computed. Equal ones share a number."""
-    for handle, known in enumerate(_recipes):
-        if tuple(known.terms) == tuple(terms) and known.options == options:
-            return handle
-    _recipes.append(_Recipe(tuple(terms), metrics, options))
-    return len(_recipes) - 1
+    """A number by which a graph can name what is computed. Equal ones share a number,
+    unless their terms can change, and so have no hash.
+    """
+    key = tuple(terms), options
+    new = len(_recipes)
+    try:
+        handle = _handles.setdefault(key, new)
+    except TypeError:
+        handle = new
+    if handle == new:
+        _recipes.append(_Recipe(key[0], metrics, options))
+    return handle
 
 
 def fits(call: HeadCall) -> bool:
@@ -106,14 +113,17 @@ def _head_loss(
         shard=None,
         with_grad=need_d_hidden or need_d_weight,
     )
-    result = run(
-        hidden_TD,
-        weight_vD,
-        token_weights_N,
-        call,
-        need_d_hidden=need_d_hidden,
-        need_d_weight=need_d_weight,
-    )
+    # Inside an operation torch leaves autograd out; terms without slopes need it.
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch.no_grad(), torch._C._SetExcludeDispatchKeyGuard(key, False):
+        result = run(
+            hidden_TD,
+            weight_vD,
+            token_weights_N,
+            call,
+            need_d_hidden=need_d_hidden,
+            need_d_weight=need_d_weight,
+        )
     none = hidden_TD.new_empty(0)
     return (
         result.loss,
@@ -148,15 +158,15 @@ def _(
     single = single and weight_vD.dtype == products_dtype
     acc_dtype = products_dtype if single else recipe.options.acc_dtype
     acc_dtype = torch.promote_types(acc_dtype, products_dtype)
+    if products_dtype == torch.float16:
+        acc_dtype = torch.float32
     return (
         torch.empty_like(scale),
         scale.new_empty(len(recipe.terms)),
         scale.new_empty(len(recipe.metrics.names)),
         scale.new_empty(labels_N.shape),
         torch.empty_like(scale),
-        hidden_TD.new_empty(hidden_TD.shape, dtype=products_dtype)
-        if need_d_hidden
-        else none,
+        torch.empty_like(hidden_TD, dtype=products_dtype) if need_d_hidden else none,
         weight_vD.new_empty(weight_vD.shape, dtype=acc_dtype)
         if need_d_weight
         else none.clone(),
@@ -166,22 +176,22 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, _, _, by_row_N, late, d_hidden_TD, d_weight_vD = output
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.num_rows = len(inputs[6])
     ctx.weights_dtype = None if inputs[2] is None else inputs[2].dtype
     ctx.save_for_backward(by_row_N, late, d_hidden_TD, d_weight_vD)
 
 
-def _backward(
-    ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor
-) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
     by_row_N, late, d_hidden_TD, d_weight_vD = ctx.saved_tensors
-    need_d_hidden, need_d_weight, need_d_weights, *rest = ctx.needs_input_grad
+    need_d_hidden, need_d_weight, need_d_weights = ctx.needs_input_grad[:3]
     factor = (grad_loss * late).reshape(1)
     d_hidden = (d_hidden_TD * factor).to(ctx.dtypes[0]) if need_d_hidden else None
     d_weight = (d_weight_vD * factor).to(ctx.dtypes[1]) if need_d_weight else None
     d_weights = None
     if need_d_weights:
         d_weights = (by_row_N * grad_loss).to(ctx.weights_dtype)
-    return d_hidden, d_weight, d_weights, *(None for _ in rest)
+    no_rows = [None] * ctx.num_rows  # a list, as they came
+    return d_hidden, d_weight, d_weights, *[None] * 3, no_rows, *[None] * 6
 
 
 _head_loss.register_autograd(_backward, setup_context=_setup_context)

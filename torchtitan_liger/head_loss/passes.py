@@ -155,6 +155,8 @@ class Passes:
             acc_dtype = options.acc_dtype
             if num_chunks == 1 and weight_vD.dtype == call.products_dtype:
                 acc_dtype = call.products_dtype  # no sum to lose precision in
+            if call.products_dtype == torch.float16:
+                acc_dtype = torch.float32  # it is scaled later, and may be large here
             self._d_weight = _WeightGradient(self._weight_vD, acc_dtype)
 
     def logits(self, rows: slice) -> Chunk:

@@ -238,7 +238,7 @@ def _transformed(
 
 def _product(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """`weights * values`; zero where the weight is. A column of -inf has no share."""
-    return torch.where(weights > 0, weights * values, 0.0)
+    return torch.where(weights == 0, 0.0, weights * values)
 
 
 def _finite(max_C: torch.Tensor) -> torch.Tensor:

@@ -90,12 +90,12 @@ class HeadLoss:
                 raise ValueError('impl="reference" has the default terms only')
         self.terms = terms_of(self.options) if terms is None else tuple(terms)
         check_terms(self.terms)
-        self._metrics = Metrics(self.terms)
+        self._recipe = opaque.recipe_of(self.terms, self.options)
+        self._metrics = self._recipe.metrics
         self._inputs = frozenset[str]().union(*(term.inputs for term in self.terms))
         needs = frozenset[str]().union(*(term.needs for term in self.terms))
         self._needs_teacher = bool(OF_TEACHER & needs)
         self._sequence_terms = [t for t in self.terms if isinstance(t, SequenceTerm)]
-        self._handle = opaque.register(self.terms, self._metrics, self.options)
 
     def __call__(
         self,
@@ -227,7 +227,9 @@ class HeadLoss:
             with_grad=torch.is_grad_enabled(),
         )
         if reduction == "none":
-            losses_N = ChunkedTokenLosses.apply(call.hidden_TD, weight, head_call)
+            losses_N = opaque.apply_eagerly(
+                ChunkedTokenLosses, call.hidden_TD, weight, head_call
+            )
             losses_T = losses_N
             if kept_N is not None:
                 zeros_T = losses_N.new_zeros(call.labels_T.shape)
@@ -235,11 +237,11 @@ class HeadLoss:
             return HeadLossOutput(losses_T.view(labels.shape), {}, {})
         if torch.compiler.is_compiling() and opaque.fits(head_call):
             loss, by_term, metrics = opaque.apply(
-                call.hidden_TD, weight, token_weights, head_call, self._handle
+                call.hidden_TD, weight, token_weights, head_call, self._recipe
             )
         else:
-            loss, by_term, metrics = ChunkedHeadLoss.apply(
-                call.hidden_TD, weight, token_weights, head_call
+            loss, by_term, metrics = opaque.apply_eagerly(
+                ChunkedHeadLoss, call.hidden_TD, weight, token_weights, head_call
             )
         names = [term.name for term in self.terms]
         return HeadLossOutput(

@@ -18,7 +18,6 @@ from torchtitan_liger.head_loss.chunking import (
     plan_chunks,
 )
 from torchtitan_liger.head_loss.distillation import Teacher
-from torchtitan_liger.head_loss.evaluate import Metrics
 from torchtitan_liger.head_loss.options import HeadLossOptions
 from torchtitan_liger.head_loss.passes import HeadCall
 from torchtitan_liger.head_loss.reference import reference_head_loss

@@ -68,7 +68,9 @@ def linear_cross_entropy(
         "logits_memory_mib": logits_memory_mib,
     }
     if torch.compiler.is_compiling():
-        head_loss = _heads[_prepare(impl, **settings)]
+        # A number that changes between calls is a constant of a graph only in words.
+        words = {n: x.hex() if isinstance(x, float) else x for n, x in settings.items()}
+        head_loss = _heads[_prepare(impl, **words)]
     else:
         head_loss = HeadLoss(options=HeadLossOptions(**settings), impl=impl)
     shard = None
@@ -90,8 +92,11 @@ _heads: list[HeadLoss] = []  # of calls in graphs
 
 
 @torch.compiler.assume_constant_result  # a graph finds its head ready-made
-def _prepare(impl: EngineImpl, **settings: Any) -> int:
-    """The position in `_heads` of a head with these settings."""
+def _prepare(impl: EngineImpl, **words: Any) -> int:
+    """The position in `_heads` of a head with these settings, floats as hexadecimals."""
+    settings: dict[str, Any] = {
+        name: float.fromhex(x) if isinstance(x, str) else x for name, x in words.items()
+    }
     wanted = HeadLoss(options=HeadLossOptions(**settings), impl=impl)
     for position, head_loss in enumerate(_heads):
         if (head_loss.impl, head_loss.options) == (wanted.impl, wanted.options):

@@ -205,9 +205,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.save_for_backward(by_row_N, late, d_hidden_TD, d_weight_vD)
 
 
-def _backward(
-    ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor
-) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
     by_row_N, late, d_hidden_TD, d_weight_vD = ctx.saved_tensors
     need_d_hidden, need_d_weight, need_d_weights, *_ = ctx.needs_input_grad
     factor = (grad_loss * late).reshape(1)

@@ -29,15 +29,20 @@ from torchtitan.distributed.context_parallel import (  # isort: skip
 from torchtitan_liger import lm_head, preflight  # isort: skip
 from torchtitan_liger.trainer import shard_rows  # isort: skip
 from torchtitan_liger.head_loss import (  # isort: skip
+    Collision,
     CrossEntropy,
+    Distillation,
     EntropyBonus,
     HeadLoss,
     HeadLossOptions,
     PolicyGradient,
     ReferenceKL,
+    Teacher,
+    Unlikelihood,
     VocabShard,
     ZLoss,
     chunked,
+    linear_cross_entropy,
     vocab_parallel,
 )
 
@@ -113,7 +118,13 @@ def weight_read_from_outside() -> Iterator[None]:
 @contextmanager
 def shard_dropped() -> Iterator[None]:
     """The softmax runs over this rank's columns only."""
-    with mock.patch.object(vocab_parallel, "_combine", lambda local, _: local):
+    real = vocab_parallel.combine
+
+    def mine(names: Any, gathered_RkC: torch.Tensor) -> Any:
+        rank = dist.get_rank()
+        return real(names, gathered_RkC[rank : rank + 1])
+
+    with mock.patch.object(vocab_parallel, "combine", mine):
         yield
 
 
@@ -253,6 +264,113 @@ def sharded_terms() -> float:
     worst = torch.tensor(max(errors))
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return worst.item()
+
+
+def function_over_a_group() -> dict[str, float]:
+    """Largest errors of `linear_cross_entropy` over a group, by shards and settings."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    problem = Problem(T=37, D=8, V=101)
+    upstream = torch.linspace(-1, 1, 37).double()
+    weights = torch.linspace(0.1, 2, 37).double()
+    errors = {}
+    # Rank 0 has 61 columns twice, and rank 1 different ones.
+    for cuts in ([0, 61, 101], [0, 61, 88], [0, 0, 101]):
+        columns = slice(cuts[rank], cuts[rank + 1])
+        problem = Problem(T=37, D=8, V=cuts[-1])
+        weight = problem.weight[columns].clone().requires_grad_()
+        for settings in (
+            {},
+            {"label_smoothing": 0.1, "z_loss": 0.1, "token_weights": weights},
+            {"reduction": "none", "logit_softcap": 2.0},
+            {"compiled": True, "reduction": "sum"},
+        ):
+            kwargs = dict(settings)
+            loss_of = linear_cross_entropy
+            if kwargs.pop("compiled", False):
+                loss_of = torch.compile(loss_of, backend="aot_eager")
+
+            def total(*args: Any, function: Any, **kwargs: Any) -> torch.Tensor:
+                loss = function(*args, **kwargs)
+                return (loss * upstream).sum() if loss.ndim else loss
+
+            truth = problem.run(
+                functools.partial(total, function=linear_cross_entropy, **kwargs)
+            )
+            hidden = problem.hidden.clone().requires_grad_()
+            weight.grad = None
+            with matrix.chunked_in(3):
+                loss = total(
+                    *(hidden, weight, problem.labels),
+                    function=loss_of,
+                    tp_group=group,
+                    **kwargs,
+                )
+                loss.backward()
+            worst = torch.tensor(
+                [
+                    relative_error(loss.detach(), truth.loss),
+                    relative_error(hidden.grad, truth.d_hidden),
+                    relative_error(weight.grad, truth.d_weight[columns]),
+                ]
+            )
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+            errors[f"{cuts} {sorted(settings)}"] = worst.max().item()
+    return errors
+
+
+def collectives_of_a_call() -> dict[str, dict[str, int]]:
+    """Forward collectives of a call in four chunks, by its terms and by kind."""
+    rank = dist.get_rank()
+    problem = Problem(T=37, D=8, V=101, ignored=0)
+    columns = [slice(0, 61), slice(61, 101)][rank]
+    weight = problem.weight[columns].clone().requires_grad_()
+    hidden = problem.hidden.clone().requires_grad_()
+    shard = VocabShard(columns.start, 101, 61, dist.group.WORLD)
+    rows = {
+        "advantages": torch.linspace(-1, 1, 37).double(),
+        "old_logp": torch.linspace(-6, -4, 37).double(),
+        "candidates": torch.arange(74).view(37, 2),
+    }
+    teacher = Teacher(logits=torch.randn(37, 101).double()[:, columns])
+    mixture = [
+        CrossEntropy(0.1),
+        ZLoss(0.1),
+        EntropyBonus(0.3),
+        PolicyGradient(),
+        Collision(0.1),
+        Unlikelihood(0.1),
+    ]
+    calls: dict[str, Callable[[], Any]] = {
+        "cross entropy": lambda: HeadLoss()(
+            hidden, weight, problem.labels, shard=shard
+        ),
+        "mixture": lambda: HeadLoss(mixture)(
+            hidden, weight, problem.labels, shard=shard, **rows
+        ),
+        "mixture, reverse KL": lambda: HeadLoss([*mixture, Distillation("reverse_kl")])(
+            hidden, weight, problem.labels, shard=shard, teacher=teacher, **rows
+        ),
+        "mixture, JSD": lambda: HeadLoss([*mixture, Distillation("jsd")])(
+            hidden, weight, problem.labels, shard=shard, teacher=teacher, **rows
+        ),
+        "function": lambda: linear_cross_entropy(
+            hidden, weight, problem.labels, tp_group=dist.group.WORLD
+        ),
+        "losses of tokens": lambda: linear_cross_entropy(
+            hidden,
+            weight,
+            problem.labels,
+            reduction="none",
+            tp_group=dist.group.WORLD,
+        ),
+    }
+    linear_cross_entropy(hidden, weight, problem.labels, tp_group=dist.group.WORLD)
+    counts = {}
+    for name, call in calls.items():
+        with matrix.chunked_in(4), matrix.Collectives() as seen:
+            call()
+        counts[name] = dict(seen.counts)
+    return counts
 
 
 def terms_of_the_batch() -> dict[str, float]:
@@ -408,6 +526,8 @@ def bad_labels() -> str:
 CHECKS: tuple[Callable[[], Any], ...] = (
     sharded_vocabulary,
     sharded_terms,
+    function_over_a_group,
+    collectives_of_a_call,
     terms_of_the_batch,
     context_parallel_rows,
     head_of_dtensors,

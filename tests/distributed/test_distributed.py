@@ -76,6 +76,21 @@ def test_a_mixture_of_terms_over_uneven_and_empty_shards_is_exact(launch):
 
 
 @pytest.mark.slow
+def test_the_function_over_a_group_is_as_on_one_process(launch):
+    errors = launch("tests.distributed.checks", 2)[0]["function_over_a_group"]
+    assert len(errors) == 12
+    assert max(errors.values()) < 1e-12, errors
+
+
+@pytest.mark.slow
+def test_a_chunk_has_one_collective_whatever_the_terms_and_a_jsd_one_more(launch):
+    counts = launch("tests.distributed.checks", 2)[0]["collectives_of_a_call"]
+    assert counts.pop("mixture, JSD") == {"allgather_": 4, "allreduce_": 4}
+    assert len(counts) == 5
+    assert all(count == {"allgather_": 4} for count in counts.values()), counts
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["FSDP2", "TP"])
 def test_terms_that_read_the_batch_are_logged_as_one_process_has_them(layout, launch):
     errors = launch("tests.distributed.checks", 2)[0]["terms_of_the_batch"]

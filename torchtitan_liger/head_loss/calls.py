@@ -145,6 +145,13 @@ def check_candidates(
     return call._replace(scale=call.scale.masked_fill(bad_TK.any(), torch.nan))
 
 
+def masked(x: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
+    """Numbers [N] or [N, K] with zeros where tokens are not valid; other tensors as is."""
+    if not x.is_floating_point():
+        return x
+    return torch.where(valid_N if x.ndim == 1 else valid_N[:, None], x, 0.0)
+
+
 def products_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     """The dtype of `hidden @ weight.T`: the inputs' own, or autocast's.
 

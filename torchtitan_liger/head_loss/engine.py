@@ -13,6 +13,7 @@ from torchtitan_liger.head_loss.calls import (
     Call,
     check_candidates,
     kept_rows,
+    masked,
     per_token,
     prepare,
 )
@@ -25,7 +26,6 @@ from torchtitan_liger.head_loss.chunking import (
     plan_chunks,
 )
 from torchtitan_liger.head_loss.distillation import Teacher
-from torchtitan_liger.head_loss.evaluate import Metrics
 from torchtitan_liger.head_loss.options import HeadLossOptions
 from torchtitan_liger.head_loss.passes import HeadCall
 from torchtitan_liger.head_loss.reference import reference_head_loss
@@ -79,8 +79,7 @@ class HeadLoss:
             terms: what is summed up; None for the terms that `options` describes.
 
         Raises:
-            ValueError: for an `impl` that this engine does not have, or terms that
-                contradict each other or `options`.
+            ValueError: for terms that contradict each other, `options` or `impl`.
         """
         if impl not in ("chunked", "reference"):
             raise ValueError(f'impl must be "chunked" or "reference", got {impl!r}')
@@ -97,16 +96,17 @@ class HeadLoss:
                 raise ValueError('impl="reference" has the default terms only')
         self.terms = terms_of(self.options) if terms is None else tuple(terms)
         check_terms(self.terms)
-        self._metrics = Metrics(self.terms)
+        self._recipe = opaque.recipe_of(self.terms, self.options)
+        self._metrics = self._recipe.metrics
         self._inputs = frozenset[str]().union(*(term.inputs for term in self.terms))
         needs = frozenset[str]().union(*(term.needs for term in self.terms))
         self._needs_teacher = bool(OF_TEACHER & needs)
         self._sequence_terms = [t for t in self.terms if isinstance(t, SequenceTerm)]
-        self._handle = opaque.register(self.terms, self._metrics, self.options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)  # of a copy, which may be in another process
-        self._handle = opaque.register(self.terms, self._metrics, self.options)
+        self._recipe = opaque.recipe_of(self.terms, self.options)
+        self._metrics = self._recipe.metrics
 
     def __call__(
         self,
@@ -187,8 +187,8 @@ class HeadLoss:
 
         if reduction == "none" and self._sequence_terms:
             raise ValueError(
-                'reduction="none" has no gradients for terms over sequences, whose '
-                "tokens depend on each other: give token_weights instead"
+                'reduction="none" has no gradients for terms over sequences: give '
+                "token_weights instead"
             )
         rows = self._rows(row_inputs, labels, call.scale.dtype)
         if "candidates" in self._inputs:
@@ -219,7 +219,7 @@ class HeadLoss:
             if sequences is not None:
                 sequences = Sequences(sequences.ids_C[kept_N], sequences.num, valid_N)
         # What an ignored row holds must not reach the others of its sequence.
-        rows = {name: _masked(x, valid_N) for name, x in rows.items()}
+        rows = {name: masked(x, valid_N) for name, x in rows.items()}
         if sequences is not None:
             ids_N = sequences.ids_C
             if sequences.tokens_each is None:  # the caller's
@@ -247,7 +247,9 @@ class HeadLoss:
             with_grad=torch.is_grad_enabled(),
         )
         if reduction == "none":
-            losses_N = ChunkedTokenLosses.apply(call.hidden_TD, weight, head_call)
+            losses_N = opaque.apply_eagerly(
+                ChunkedTokenLosses, call.hidden_TD, weight, head_call
+            )
             losses_T = losses_N
             if kept_N is not None:
                 # NaN if there are other labels than the caller has counted.
@@ -256,11 +258,11 @@ class HeadLoss:
             return HeadLossOutput(losses_T.view(labels.shape), {}, {})
         if torch.compiler.is_compiling() and opaque.fits(head_call):
             loss, by_term, metrics = opaque.apply(
-                call.hidden_TD, weight, token_weights, head_call, self._handle
+                call.hidden_TD, weight, token_weights, head_call, self._recipe
             )
         else:
-            loss, by_term, metrics = ChunkedHeadLoss.apply(
-                call.hidden_TD, weight, token_weights, head_call
+            loss, by_term, metrics = opaque.apply_eagerly(
+                ChunkedHeadLoss, call.hidden_TD, weight, token_weights, head_call
             )
         names = [term.name for term in self.terms]
         return HeadLossOutput(
@@ -392,9 +394,3 @@ class HeadLoss:
                 self.options.logits_memory_mib, device_type, num_columns * num_bytes
             ),
         )
-
-
-def _masked(x: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
-    if not x.is_floating_point():
-        return x
-    return torch.where(valid_N if x.ndim == 1 else valid_N[:, None], x, 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -42,8 +42,8 @@ def linear_cross_entropy(
         impl: "chunked", or "reference" for full logits.
         tp_group: the ranks over which the vocabulary is sharded, in this order: `weight`
             is then this rank's [v, D], `hidden` and `labels` are the same on all ranks,
-            and so are the loss and the gradient of `hidden`. The first call with a new
-            `v` exchanges the shards' sizes.
+            and so are the loss and the gradient of `hidden`. The first call with a
+            weight exchanges the shards' sizes.
 
     The other settings are the fields of `HeadLossOptions`.
 
@@ -58,20 +58,26 @@ def linear_cross_entropy(
         raise ValueError(
             f'reduction must be "mean", "sum" or "none", got {reduction!r}'
         )
-    options = HeadLossOptions(
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        logit_softcap=logit_softcap,
-        temperature=temperature,
-        acc_dtype=acc_dtype,
-        logits_memory_mib=logits_memory_mib,
-    )
+    settings: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "logit_softcap": logit_softcap,
+        "temperature": temperature,
+        "acc_dtype": acc_dtype,
+        "logits_memory_mib": logits_memory_mib,
+    }
+    if torch.compiler.is_compiling():
+        # A number that changes between calls is a constant of a graph only in words.
+        words = {n: x.hex() if isinstance(x, float) else x for n, x in settings.items()}
+        head_loss = _heads[_prepare(impl, **words)]
+    else:
+        head_loss = HeadLoss(options=HeadLossOptions(**settings), impl=impl)
     shard = None
     if tp_group is not None:
-        shard = shard_of(weight.shape[0], tp_group, weight.device)
+        shard = shard_of(weight, tp_group)
         hidden = replicated(hidden, tp_group)
-    return HeadLoss(options=options, impl=impl)(
+    return head_loss(
         hidden,
         weight,
         labels,
@@ -80,3 +86,20 @@ def linear_cross_entropy(
         reduction="none" if reduction == "none" else "sum",
         shard=shard,
     ).loss
+
+
+_heads: list[HeadLoss] = []  # of calls in graphs
+
+
+@torch.compiler.assume_constant_result  # a graph finds its head ready-made
+def _prepare(impl: EngineImpl, **words: Any) -> int:
+    """The position in `_heads` of a head with these settings, floats as hexadecimals."""
+    settings: dict[str, Any] = {
+        name: float.fromhex(x) if isinstance(x, str) else x for name, x in words.items()
+    }
+    wanted = HeadLoss(options=HeadLossOptions(**settings), impl=impl)
+    for position, head_loss in enumerate(_heads):
+        if (head_loss.impl, head_loss.options) == (wanted.impl, wanted.options):
+            return position
+    _heads.append(wanted)
+    return len(_heads) - 1

@@ -4,8 +4,11 @@ into its kernels, and so has no reason to break the graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -16,29 +19,39 @@ from torchtitan_liger.head_loss.passes import HeadCall
 from torchtitan_liger.head_loss.terms import Term
 
 
-class _Recipe(NamedTuple):
-    terms: Sequence[Term]
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """What is computed; heads that compute the same share one."""
+
+    name: str  # by which a graph knows it
+    terms: tuple[Term, ...]
     metrics: Metrics
     options: HeadLossOptions
+    number: int | None  # equal for equal terms and options
 
 
-_recipes: list[_Recipe] = []
-_handles: dict[tuple[tuple[Term, ...], HeadLossOptions], int] = {}
+_recipes: WeakValueDictionary[str, Recipe] = WeakValueDictionary()
 
 
-def register(terms: Sequence[Term], metrics: Metrics, options: HeadLossOptions) -> int:
-    """A number by which a graph can name what is computed. Equal ones share a number,
-    unless their terms can change, and so have no hash.
+def recipe_of(terms: tuple[Term, ...], options: HeadLossOptions) -> Recipe:
+    """For whoever keeps it: a graph finds it only as long as someone does.
+
+    Terms that can change have no hash, and share no recipe.
     """
-    key = tuple(terms), options
-    new = len(_recipes)
     try:
-        handle = _handles.setdefault(key, new)
+        number = hash((terms, options))
     except TypeError:
-        handle = new
-    if handle == new:
-        _recipes.append(_Recipe(key[0], metrics, options))
-    return handle
+        number = None
+    # A graph may outlive this process in a cache, so the name says what it is.
+    name = plain = f"{terms} {options}"
+    while (known := _recipes.get(name)) is not None:
+        same_hash = number is not None and number == known.number
+        if same_hash and known.terms == terms and known.options == options:
+            return known
+        name = f"{plain} {len(name)}"  # of terms that look alike
+    recipe = Recipe(name, terms, Metrics(terms), options, number)
+    _recipes[name] = recipe
+    return recipe
 
 
 def fits(call: HeadCall) -> bool:
@@ -51,7 +64,7 @@ def apply(
     weight_vD: torch.Tensor,
     token_weights_N: torch.Tensor | None,
     call: HeadCall,
-    handle: int,
+    recipe: Recipe,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `ChunkedHeadLoss.apply`."""
     names = sorted(call.rows)
@@ -66,11 +79,18 @@ def apply(
         ",".join(names),
         call.products_dtype,
         call.tokens_per_chunk,
-        handle,
+        call.all_labeled,
+        recipe.name,
         call.with_grad and hidden_TD.requires_grad,
         call.with_grad and weight_vD.requires_grad,
     )
-    return loss, by_term, metrics
+    return loss, by_term.detach(), metrics.detach()
+
+
+@torch.compiler.disable(reason="no graph can hold this call of a head loss")
+def apply_eagerly(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`; a graph ends before it and another one begins after."""
+    return function.apply(*args)
 
 
 @torch.library.custom_op("torchtitan_liger::head_loss", mutates_args=())
@@ -85,7 +105,8 @@ def _head_loss(
     names: str,
     products_dtype: torch.dtype,
     tokens_per_chunk: int,
-    handle: int,
+    all_labeled: bool,
+    recipe_name: str,
     need_d_hidden: bool,
     need_d_weight: bool,
 ) -> tuple[
@@ -97,13 +118,15 @@ def _head_loss(
     torch.Tensor,
     torch.Tensor,
 ]:
-    recipe = _recipes[handle]
+    recipe = _recipes[recipe_name]
     call = HeadCall(
-        *recipe,
+        terms=recipe.terms,
+        metrics=recipe.metrics,
+        options=recipe.options,
         labels_N=labels_N,
         rows=dict(zip(names.split(","), rows, strict=True)) if rows else {},
         kept_N=kept_N,
-        all_labeled=kept_N is not None,
+        all_labeled=all_labeled,
         teacher=None,
         sequences=None,
         two_phase=False,
@@ -113,9 +136,7 @@ def _head_loss(
         shard=None,
         with_grad=need_d_hidden or need_d_weight,
     )
-    # Inside an operation torch leaves autograd out; terms without slopes need it.
-    key = torch._C.DispatchKey.AutogradFunctionality
-    with torch.no_grad(), torch._C._SetExcludeDispatchKeyGuard(key, False):
+    with _autograd():
         result = run(
             hidden_TD,
             weight_vD,
@@ -136,6 +157,17 @@ def _head_loss(
     )
 
 
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """The body of an operation runs without autograd, by which terms have their slopes."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch.no_grad(), torch._C._ForceDispatchKeyGuard(included, excluded):
+        yield
+
+
 @_head_loss.register_fake
 def _(
     hidden_TD: torch.Tensor,
@@ -148,11 +180,12 @@ def _(
     names: str,
     products_dtype: torch.dtype,
     tokens_per_chunk: int,
-    handle: int,
+    all_labeled: bool,
+    recipe_name: str,
     need_d_hidden: bool,
     need_d_weight: bool,
 ) -> tuple[torch.Tensor, ...]:
-    recipe = _recipes[handle]
+    recipe = _recipes[recipe_name]
     none = hidden_TD.new_empty(0)
     single = labels_N.shape[0] <= tokens_per_chunk
     single = single and weight_vD.dtype == products_dtype
@@ -176,22 +209,22 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, _, _, by_row_N, late, d_hidden_TD, d_weight_vD = output
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-    ctx.num_rows = len(inputs[6])
     ctx.weights_dtype = None if inputs[2] is None else inputs[2].dtype
+    ctx.num_rows = len(inputs[6])
     ctx.save_for_backward(by_row_N, late, d_hidden_TD, d_weight_vD)
 
 
 def _backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
     by_row_N, late, d_hidden_TD, d_weight_vD = ctx.saved_tensors
-    need_d_hidden, need_d_weight, need_d_weights = ctx.needs_input_grad[:3]
+    need_d_hidden, need_d_weight, need_d_weights, *_ = ctx.needs_input_grad
     factor = (grad_loss * late).reshape(1)
     d_hidden = (d_hidden_TD * factor).to(ctx.dtypes[0]) if need_d_hidden else None
     d_weight = (d_weight_vD * factor).to(ctx.dtypes[1]) if need_d_weight else None
     d_weights = None
     if need_d_weights:
         d_weights = (by_row_N * grad_loss).to(ctx.weights_dtype)
-    no_rows = [None] * ctx.num_rows  # a list, as they came
-    return d_hidden, d_weight, d_weights, *[None] * 3, no_rows, *[None] * 6
+    rows = [None] * ctx.num_rows
+    return d_hidden, d_weight, d_weights, None, None, None, rows, *[None] * 7
 
 
 _head_loss.register_autograd(_backward, setup_context=_setup_context)

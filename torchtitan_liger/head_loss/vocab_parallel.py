@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchtitan_liger.head_loss.statistics import Sums, combine, unpack
 
@@ -60,21 +60,28 @@ def add_up(shares: torch.Tensor, shard: VocabShard | None) -> torch.Tensor:
     return shares
 
 
-@lru_cache
-def shard_of(
-    num_columns: int, group: dist.ProcessGroup, device: torch.device
-) -> VocabShard:
-    """This rank's shard, from the sizes of all; a collective, once for each size."""
-    size = torch.tensor([num_columns], device=device)
-    sizes = size.new_empty(dist.get_world_size(group))
-    dist.all_gather(list(sizes.split(1)), size, group=group)
-    columns = sizes.tolist()
-    return VocabShard(
-        start=sum(columns[: dist.get_rank(group)]),
-        vocab_size=sum(columns),
-        widest=max(columns),
-        group=group,
-    )
+_shards: Any = WeakTensorKeyDictionary()  # of each weight, by group
+
+
+@torch.compiler.disable(reason="ranks exchange the sizes of their shards")
+def shard_of(weight_vD: torch.Tensor, group: dist.ProcessGroup) -> VocabShard:
+    """Which columns the weight holds; a collective, once for each weight.
+
+    Not once for each size: ranks may have one in common where others have two.
+    """
+    of_weight = _shards.setdefault(weight_vD, {})
+    if group not in of_weight:
+        size = torch.tensor([len(weight_vD)], device=weight_vD.device)
+        sizes = size.new_empty(dist.get_world_size(group))
+        dist.all_gather(list(sizes.split(1)), size, group=group)
+        columns = sizes.tolist()
+        of_weight[group] = VocabShard(
+            start=sum(columns[: dist.get_rank(group)]),
+            vocab_size=sum(columns),
+            widest=max(columns),
+            group=group,
+        )
+    return of_weight[group]
 
 
 class _Replicated(torch.autograd.Function):
@@ -93,6 +100,7 @@ class _Replicated(torch.autograd.Function):
         return grad, None
 
 
+@torch.compiler.disable(reason="the backward pass adds up over ranks")
 def replicated(hidden: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """`hidden`, whose gradient is added up over the group."""
     return _Replicated.apply(hidden, group)

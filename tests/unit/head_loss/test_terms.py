@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -637,70 +636,3 @@ def test_a_nan_in_a_labeled_row_is_in_its_gradient(sweeps):
         False,
         False,
     ]
-
-
-def test_a_candidate_beyond_the_vocabulary_is_an_error_or_makes_the_loss_nan():
-    problem = Problem()
-    head = HeadLoss([Unlikelihood()])
-    call = (problem.hidden, problem.weight, problem.labels)
-    candidates = torch.zeros(problem.T, 2, dtype=torch.long)
-    candidates[problem.labels == -100] = 10**9  # what is ignored may hold anything
-    assert head(*call, candidates=candidates).loss.isfinite()
-    candidates[int((problem.labels != -100).nonzero()[0]), 1] = problem.V
-    with pytest.raises(ValueError, match="must be below 517, .* got 517"):
-        head(*call, candidates=candidates)
-    assert head(*call, candidates=candidates, check_labels=False).loss.isnan()
-
-
-@dataclass(frozen=True)
-class Returns(Term):
-    """A term that gives tensors of a wrong shape."""
-
-    make: Callable[[torch.Tensor], torch.Tensor]
-    weight: float = 1.0
-    name: str = "mine"
-
-    def loss(self, stats, rows):
-        return self.make(stats.logp)
-
-
-@pytest.mark.parametrize(
-    ("make", "shape"),
-    [(lambda x: x[:, None], r"\[5, 1\]"), (lambda x: x.sum(), r"\[\]")],
-)
-def test_a_term_gives_one_loss_for_each_token(make, shape):
-    problem = Problem(T=5, D=16, V=101, ignored=0)
-    with pytest.raises(ValueError, match=rf"mine must give .*\[5\], got {shape}"):
-        HeadLoss([Returns(make)])(problem.hidden, problem.weight, problem.labels)
-
-
-@dataclass(frozen=True)
-class Undeclared(Term):
-    """Reads what only another term of the mixture has asked for."""
-
-    weight: float = 1.0
-    name: str = "undeclared"
-
-    def loss(self, stats, rows):
-        return stats.entropy.square()
-
-
-def test_a_statistic_of_another_term_has_its_gradient_too():
-    problem = Problem(T=37, D=16, V=101)
-    head = HeadLoss([EntropyBonus(0.2), Undeclared()])
-    ours = problem.run(lambda *args: head(*args).loss)
-
-    def loss_of(hidden, weight, labels):
-        z = (hidden @ weight.T)[labels != -100]
-        entropy = torch.distributions.Categorical(logits=z).entropy()
-        return (entropy.square() - 0.2 * entropy).sum()
-
-    assert max(ours.errors(problem.run(loss_of)).values()) < 1e-10
-
-
-def test_a_nan_in_a_labeled_row_is_in_its_gradient(sweeps):
-    problem = Problem(T=5, D=16, V=101, ignored=0)
-    problem.hidden[2, 3] = torch.nan
-    run = problem.run(lambda *args: HeadLoss([EntropyBonus(1.0)])(*args).loss)
-    assert run.loss.isnan()
-    assert run.d_hidden.isnan().any(dim=1).tolist() == [False, False, True, False, False]

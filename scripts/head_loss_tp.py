@@ -97,7 +97,6 @@ def process_group(device: str) -> Iterator[dist.ProcessGroup | None]:
     yield dist.group.WORLD
     dist.barrier()
     # gloo's threads must end before the interpreter does: nothing may keep the group.
-    shard_of.cache_clear()
     gc.collect()
     dist.destroy_process_group()  # not after an error: others may wait for this rank
 
@@ -123,7 +122,7 @@ def measure(
     mine = rows_of_weight(whole, columns)
     shard = None
     if group is not None:
-        shard = shard_of(len(mine.weight_VD), group, mine.weight_VD.device)
+        shard = shard_of(mine.weight_VD, group)
     shape = {name: getattr(problem, name) for name in PROBLEM} | {
         "dtype": str(problem.dtype).removeprefix("torch."),
         "shards": "uneven" if args.uneven and size > 1 else "even",

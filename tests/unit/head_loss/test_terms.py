@@ -261,7 +261,9 @@ def inputs_of(names, rows):
     return given
 
 
-def truth_of(names, problem, rows, options, dtype=torch.float64):
+def truth_of(names, problem, rows, options, dtype=torch.float64, device="cpu"):
+    rows = {name: values.to(device) for name, values in rows.items()}
+
     def loss_of(hidden, weight, labels):
         z = (hidden @ weight.T).to(torch.promote_types(dtype, torch.float32))
         if options.logit_softcap:
@@ -273,7 +275,7 @@ def truth_of(names, problem, rows, options, dtype=torch.float64):
         used = {name: values[valid] for name, values in rows.items()}
         return sum(TERMS[name][1](z, logp, y, used).sum() for name in names) / 7
 
-    return problem.run(loss_of, dtype)
+    return problem.run(loss_of, dtype, device)
 
 
 OPTIONS = [

@@ -379,18 +379,22 @@ class HeadLoss:
             )
         # The gradient takes the place of the logits. A teacher has its own; CPUs have no
         # product of narrow numbers with a float32 sum, so there they are widened.
-        num_bytes = dtype.itemsize * (2 if self._needs_teacher else 1)
+        num_bytes = dtype.itemsize
         if device_type == "cpu" and wide != dtype:
             num_bytes += wide.itemsize
-        num_bytes *= (
-            2 if sharded else 1
-        )  # a chunk's sums travel beside the next product
+        if sharded:  # a chunk's sums travel beside the next product
+            num_bytes *= 2
+        budget = budget_bytes(
+            self.options.logits_memory_mib, device_type, num_columns * num_bytes
+        )
+        if self._needs_teacher:
+            num_bytes += dtype.itemsize
+            if not self.options.logits_memory_mib:  # chunks of the same size
+                budget += budget * dtype.itemsize // (num_bytes - dtype.itemsize)
         return plan_chunks(
             num_tokens,
             num_columns,
             itemsize=dtype.itemsize,
             bytes_per_logit=num_bytes,
-            budget=budget_bytes(
-                self.options.logits_memory_mib, device_type, num_columns * num_bytes
-            ),
+            budget=budget,
         )

@@ -277,7 +277,7 @@ class HeadLoss:
         labels: torch.Tensor,
         dtype: torch.dtype,
     ) -> dict[str, torch.Tensor]:
-        if missing := sorted(self._inputs - given.keys()):
+        if missing := sorted(self._inputs.difference(given)):
             raise ValueError(
                 f"the terms {', '.join(t.name for t in self.terms)} need the inputs "
                 f"{', '.join(sorted(self._inputs))}; {', '.join(missing)} is not given"

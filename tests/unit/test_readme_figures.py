@@ -16,11 +16,15 @@ else:
     import tomli as tomllib
 
 README = (ROOT / "README.md").read_text()
-FILES = sorted(set(re.findall(r"\(benchmarks/(train\w*)\.md\)", README)))
+FILES = ["train_h200_202611"]
 
 # What the words of the first table stand for in the files.
 CONFIG = {"config": "llama3_1.2b", "gpus": "1"}
-IMPLS = {"torchtitan 0.2.2": "stock", "with the flag (Liger-Kernel)": "liger"}
+IMPLS = {
+    "torchtitan 0.2.2": "stock",
+    "with the flag (Liger-Kernel)": "liger",
+    'with the flag, `impl = "chunked"`': "chunked",
+}
 COLUMNS = {"tokens/s": "tokens/s per device", "peak memory": "peak GiB"}
 
 
@@ -80,10 +84,47 @@ def test_the_files_are_of_the_gpu_and_the_version_that_the_table_names():
         assert "torchtitan 0.2.2," in heading
 
 
-def test_a_gpu_is_faster_without_the_flag_on_the_debug_model():
+def test_a_gpu_is_faster_without_liger_on_the_debug_model():
     """As the README says below the table."""
-    speed = {
-        impl: float(measured(config="debug_model", impl=impl)["tokens/s per device"])
-        for impl in ("stock", "liger", "chunked")
-    }
-    assert speed["stock"] > max(speed["liger"], speed["chunked"])
+    stock, liger = (
+        float(measured(config="debug_model", impl=impl)["tokens/s per device"])
+        for impl in ("stock", "liger")
+    )
+    assert stock > liger
+
+
+def table_after(words: str) -> list[list[str]]:
+    """The cells of the first table after these words, without its header."""
+    text = README[README.index(words) :]
+    lines = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines[2:]]
+
+
+def shown(value: str, decimals: int) -> str:
+    return f"{float(value):,.{decimals}f}" if value else ""
+
+
+def test_the_heads_figures_are_those_of_its_file():
+    with open(ROOT / "benchmarks/head_loss_h200_202611.csv", newline="") as file:
+        rows = {row["implementation"]: row for row in csv.DictReader(file)}
+    table = table_after("The head alone")
+    assert len(table) > 5
+    for name, *cells in table:
+        row = rows[name]
+        gib = str(float(row["extra_bytes"]) / 2**30) if row["extra_bytes"] else ""
+        expected = [shown(row["ms"], 1), shown(row["ratio"], 3), shown(gib, 2)]
+        assert cells == [*expected, shown(row["d_weight_error_ratio"], 2)], name
+
+
+def test_the_figures_of_the_8b_model_are_those_of_its_file():
+    with open(ROOT / "benchmarks/train_8b_h200_202611.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert table_after("Llama 3 8B on four H200s") == [
+        [
+            row["layout"],
+            row["impl"],
+            shown(row["tokens/s per device"], 0),
+            row["peak GiB"],
+        ]
+        for row in rows
+    ]

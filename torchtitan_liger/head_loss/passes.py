@@ -189,6 +189,8 @@ class Passes:
             part = given[rows].masked_fill(~self.valid_N[rows, None], 0)
         if teacher.weight is not None:
             part = part @ teacher.weight.t()
+        if part.dtype == torch.float64:  # may be beside a narrower student
+            part = part.to(self.call.scale.dtype)
         if part.stride(1) != 1:
             part = part.contiguous()
         return TeacherLogits(

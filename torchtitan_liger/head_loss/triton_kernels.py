@@ -11,16 +11,13 @@ import triton.language as tl
 
 @triton.jit
 def _logits(
-    pointer,
-    columns,
-    num_columns,
-    dtype: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
+    pointer, columns, num_columns, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr
 ):
-    """Logits z of these columns in `dtype`; -inf beyond the last one."""
+    """Logits z of these columns; -inf beyond the last one."""
     inside = columns < num_columns
-    z = tl.load(pointer + columns, mask=inside, other=-float("inf")).to(dtype)
+    z = tl.load(pointer + columns, mask=inside, other=-float("inf"))
+    if z.dtype != tl.float64:
+        z = z.to(tl.float32)
     z = _transformed(z, SOFTCAP, TEMPERATURE)
     if SOFTCAP > 0:  # tanh has made -inf finite
         z = tl.where(inside, z, -float("inf"))
@@ -118,7 +115,7 @@ def statistics_kernel(
         new = maximum
         for i in tl.static_range(UNROLL):
             columns = start + i * BLOCK + lanes
-            z = _logits(logits, columns, num_columns, dtype, SOFTCAP, TEMPERATURE)
+            z = _logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
             new = tl.maximum(new, z)
         origin = _finite(new)
         shift = maximum - origin
@@ -129,12 +126,7 @@ def statistics_kernel(
             for i in tl.static_range(UNROLL):
                 columns = start + i * BLOCK + lanes
                 v = _logits(
-                    teacher,
-                    columns,
-                    num_columns,
-                    dtype,
-                    TEACHER_SOFTCAP,
-                    TEACHER_TEMPERATURE,
+                    teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
                 )
                 t_new = tl.maximum(t_new, v)
             t_origin = _finite(t_new)
@@ -160,7 +152,7 @@ def statistics_kernel(
 
         for i in tl.static_range(UNROLL):
             columns = start + i * BLOCK + lanes
-            z = _logits(logits, columns, num_columns, dtype, SOFTCAP, TEMPERATURE)
+            z = _logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
             shifted = z - origin
             exp = tl.exp(shifted)
             sumexp += exp
@@ -172,12 +164,7 @@ def statistics_kernel(
                 logit_sum += tl.where(columns < num_columns, z, 0.0)
             if AT_teacher_max >= 0:
                 v = _logits(
-                    teacher,
-                    columns,
-                    num_columns,
-                    dtype,
-                    TEACHER_SOFTCAP,
-                    TEACHER_TEMPERATURE,
+                    teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
                 )
                 t_shifted = v - t_origin
                 t_exp = tl.exp(t_shifted)
@@ -286,10 +273,8 @@ def mixture_kernel(
     teacher_kl = tl.zeros([BLOCK], dtype)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = _logits(logits, columns, num_columns, dtype, SOFTCAP, TEMPERATURE)
-        v = _logits(
-            teacher, columns, num_columns, dtype, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
-        )
+        z = _logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
+        v = _logits(teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE)
         log_p = (z - origin) - log_sumexp
         log_q = (v - t_origin) - t_log_sumexp
         log_m = _log_mixture(log_p, log_q, LOG_STUDENT, LOG_TEACHER)
@@ -333,8 +318,7 @@ def gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     logits += row * stride
-    dtype: tl.constexpr = sumexps.dtype.element_ty
-    z = _logits(logits, columns, num_columns, dtype, SOFTCAP, TEMPERATURE)
+    z = _logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
     sumexp = tl.load(sumexps + row)
     shifted = z - _finite(tl.load(maxima + row))
     p = tl.exp(shifted) * (1 / sumexp)
@@ -350,7 +334,6 @@ def gradient_kernel(
             teacher + row * teacher_stride,
             columns,
             num_columns,
-            dtype,
             TEACHER_SOFTCAP,
             TEACHER_TEMPERATURE,
         )

@@ -167,15 +167,3 @@ def test_scaling_rounds_once_and_by_one_leaves_the_memory_alone():
     assert torch.equal(same, x)
     triton_sweeps.scale(same, torch.tensor([-2.0]), same)
     assert torch.equal(same, -2 * x)
-
-
-@pytest.mark.parametrize(
-    "wider", [torch.bfloat16, torch.float32, torch.float64], ids=str
-)
-def test_a_teacher_may_have_a_dtype_of_its_own(impl, wider):
-    z, v, label, candidates = draw(torch.float32)
-    sums = sums_of(impl, z, v.to(wider), label, candidates)
-    expected = sums_of(impl, z, v.to(wider).float(), label, candidates)
-    for name, value in expected.items():
-        assert sums[name].dtype == torch.float32
-        torch.testing.assert_close(sums[name], value, rtol=1e-5, atol=1e-5, msg=name)

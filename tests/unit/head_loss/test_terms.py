@@ -357,6 +357,20 @@ def test_a_teacher_may_be_hidden_states_and_a_weight():
     assert max(runs[1].errors(runs[2]).values()) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_teacher_may_have_a_dtype_of_its_own(dtype, sweeps):
+    problem = Problem(T=37, D=16, V=101)
+    head = HeadLoss([CrossEntropy(), Distillation("jsd")])
+    logits = row_inputs(problem)["teacher"].to(dtype)
+    runs = [
+        problem.run(
+            lambda *args, t=t: head(*args, teacher=Teacher(t)).loss, torch.float32
+        )
+        for t in (logits, logits.float())
+    ]
+    assert max(runs[0].errors(runs[1]).values()) < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_a_teacher_that_is_the_student_teaches_nothing(kind, sweeps):
     problem = Problem(T=37, D=16, V=101)

@@ -136,11 +136,11 @@ def torch_own(args: Namespace) -> Iterator[Case]:
 def engine_loss(
     head_loss: HeadLoss | LigerHeadLoss,
     inputs: Inputs,
-    rows: tuple[str, ...] = (),
     **hints: Any,
 ) -> torch.Tensor:
     """As the trainer calls it: the labels are looked at, and counted, on the host."""
-    hints |= {name: inputs.rows[name] for name in rows}
+    read = frozenset().union(*(term.inputs for term in head_loss.terms))
+    hints |= {name: inputs.rows[name] for name in read}
     if "num_labeled" in inspect.signature(head_loss.__call__).parameters:
         hints["num_labeled"] = inputs.num_labeled
     return head_loss(
@@ -243,7 +243,7 @@ def calls_loss(
     for terms in calls:
         learns = any(isinstance(term, Distillation) for term in terms)
         teacher = inputs.teacher if learns else None
-        losses += [engine_loss(HeadLoss(terms), inputs, mixture.rows, teacher=teacher)]
+        losses += [engine_loss(HeadLoss(terms), inputs, teacher=teacher)]
     return reduce(torch.add, losses)
 
 

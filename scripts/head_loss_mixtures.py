@@ -97,7 +97,6 @@ class Mixture:
 
     name: str
     terms: tuple[Term, ...]
-    rows: tuple[str, ...] = ()
     accuracy: bool = False  # reported too, where that is not for nothing
 
     @property
@@ -112,7 +111,6 @@ MIXTURES = (
     Mixture(
         "cross entropy + z-loss + entropy + accuracy + GRPO",
         (CrossEntropy(), ZLoss(1e-4), EntropyBonus(0.01), PolicyGradient("ppo")),
-        rows=("advantages", "old_logp"),
         accuracy=True,
     ),
     Mixture(

@@ -182,9 +182,7 @@ def sharded_loss(
         hidden_TD = replicated(inputs.hidden_TD, shard.group)
         inputs = inputs._replace(hidden_TD=hidden_TD)
     teacher = inputs.teacher if mixture.has_teacher else None
-    return engine_loss(
-        HeadLoss(mixture.terms), inputs, mixture.rows, shard=shard, teacher=teacher
-    )
+    return engine_loss(HeadLoss(mixture.terms), inputs, shard=shard, teacher=teacher)
 
 
 def examine(

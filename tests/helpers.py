@@ -113,6 +113,12 @@ def full_logits(options: HeadLossOptions) -> Callable[..., torch.Tensor]:
     return loss_of
 
 
+def read_by(head: HeadLoss, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of these row inputs those that the head's terms read."""
+    wanted = frozenset().union(*(term.inputs for term in head.terms))
+    return {name: x for name, x in rows.items() if name in wanted}
+
+
 class ThreadGroup:
     """Ranks that are threads of this process, for code that exchanges tensors."""
 

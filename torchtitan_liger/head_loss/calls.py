@@ -246,7 +246,10 @@ def _graph_is_kept() -> bool:
 def _inverse(
     normalizer: torch.Tensor | float, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """`1 / normalizer` as a tensor [] on `device`; for zero, 1."""
+    """`1 / normalizer` as a tensor [] on `device`; for zero, 1.
+
+    NaN for a tensor that holds no such number: to raise, somebody would have to look at it.
+    """
     if isinstance(normalizer, torch.Tensor):
         if normalizer.numel() != 1 or normalizer.requires_grad:
             raise ValueError(
@@ -260,7 +263,10 @@ def _inverse(
                 f"normalizer must be a finite number, at least 0, got {normalizer}"
             )
         value = torch.full((), float(normalizer), dtype=dtype, device=device)
-    return torch.where(value == 0, 1.0, value).reciprocal()
+    usable = (value >= 0) & value.isfinite()
+    return torch.where(
+        value == 0, 1.0, torch.where(usable, value, torch.nan)
+    ).reciprocal()
 
 
 def _check_tensors(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import lcm
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +35,7 @@ from torchtitan_liger.head_loss.terms import (
     SequenceTerm,
     Term,
     check_terms,
+    row_inputs_of,
     terms_of,
 )
 from torchtitan_liger.head_loss.vocab_parallel import VocabShard
@@ -98,7 +99,8 @@ class HeadLoss:
         check_terms(self.terms)
         self._recipe = opaque.recipe_of(self.terms, self.options)
         self._metrics = self._recipe.metrics
-        self._inputs = frozenset[str]().union(*(term.inputs for term in self.terms))
+        inputs = frozenset[str]().union(*(term.inputs for term in self.terms))
+        self._inputs = sorted(inputs)
         needs = frozenset[str]().union(*(term.needs for term in self.terms))
         self._needs_teacher = bool(OF_TEACHER & needs)
         self._sequence_terms = [t for t in self.terms if isinstance(t, SequenceTerm)]
@@ -148,8 +150,8 @@ class HeadLoss:
             num_labeled: how many labels are not ignored, from a caller that knows. The
                 other tokens then cost neither time nor memory; without it they do on a
                 GPU with `check_labels=False`. A wrong number makes the loss NaN.
-            row_inputs: [...] numbers for each token that a term asks for by name;
-                `candidates` is [..., K].
+            row_inputs: [...] numbers for each token that a term asks for by name, without
+                gradient; `candidates` is [..., K].
 
         Raises:
             ValueError: for shapes, dtypes, labels, inputs or a normalizer that do not
@@ -190,7 +192,7 @@ class HeadLoss:
                 'reduction="none" has no gradients for terms over sequences: give '
                 "token_weights instead"
             )
-        rows = self._rows(row_inputs, labels, call.scale.dtype)
+        rows = row_inputs_of(row_inputs, self._inputs, labels, call.scale.dtype)
         if "candidates" in self._inputs:
             ignored = self.options.ignore_index
             call = check_candidates(
@@ -270,23 +272,6 @@ class HeadLoss:
             dict(zip(names, by_term.unbind(), strict=True)),
             self._metrics.named(metrics, scale),
         )
-
-    def _rows(
-        self,
-        given: Mapping[str, torch.Tensor],
-        labels: torch.Tensor,
-        dtype: torch.dtype,
-    ) -> dict[str, torch.Tensor]:
-        if missing := sorted(self._inputs.difference(given)):
-            raise ValueError(
-                f"the terms {', '.join(t.name for t in self.terms)} need the inputs "
-                f"{', '.join(sorted(self._inputs))}; {', '.join(missing)} is not given"
-            )
-        rows = per_token(given, labels, with_extra_dim=("candidates",))
-        return {
-            name: x.detach().to(dtype) if x.is_floating_point() else x.detach()
-            for name, x in rows.items()
-        }
 
     def _sequences(
         self,

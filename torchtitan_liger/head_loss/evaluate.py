@@ -45,8 +45,12 @@ class Metrics:
             assert stats.entropy is not None
             values.append(stats.entropy)
         for term in terms:
-            if term.metric_names:
-                values.extend(term.metrics(stats, rows))
+            values.extend(
+                x
+                for _, x in zip(
+                    term.metric_names, term.metrics(stats, rows), strict=True
+                )
+            )
         values_MC = torch.stack(
             [
                 -values[i] if name.endswith("/min") else values[i].to(stats.logp.dtype)

@@ -20,13 +20,14 @@ A term of your own is a class with a name, a weight and a loss:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
 
+from torchtitan_liger.head_loss.calls import per_token
 from torchtitan_liger.head_loss.options import HeadLossOptions
 from torchtitan_liger.head_loss.statistics import OPTIONAL, Statistics
 
@@ -300,3 +301,30 @@ def check_terms(terms: Sequence[Term]) -> None:
     betas = {getattr(term, "jsd_beta", 0.5) for term in terms if "jsd" in term.needs}
     if len(betas) > 1:
         raise ValueError(f"a head loss has one beta for its JSD, got {sorted(betas)}")
+
+
+def row_inputs_of(
+    given: Mapping[str, torch.Tensor],
+    wanted: Collection[str],
+    labels: torch.Tensor,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """What the terms read of each token, flat, in `dtype` if it is no integer.
+
+    Raises:
+        ValueError: for an input that is missing, that no term reads, or that is not like
+            the labels.
+    """
+    missing = [name for name in wanted if name not in given]
+    unknown = [name for name in given if name not in wanted]
+    if missing or unknown:
+        raise ValueError(
+            f"the terms read the inputs {', '.join(wanted) or '(none)'}: "
+            f"{', '.join(missing or unknown)} is "
+            f"{'not given' if missing else 'read by none of them'}"
+        )
+    rows = per_token(given, labels, with_extra_dim=("candidates",))
+    return {
+        name: x.detach().to(dtype) if x.is_floating_point() else x.detach()
+        for name, x in rows.items()
+    }

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import Problem, relative_error, run_on_shards
+from tests.helpers import Problem, read_by, relative_error, run_on_shards
 from torchtitan_liger.head_loss import (
     CrossEntropy,
     Distillation,
@@ -150,7 +150,7 @@ def test_a_mixture_of_terms_is_one_graph(name, chunks):
             b.labels,
             normalizer=(b.labels != -100).sum(),
             token_weights=b.token_weights,
-            **b.rows,
+            **read_by(head, b.rows),
         )
 
     one_graph = torch.compile(output_of, backend="aot_eager", fullgraph=True)
@@ -268,7 +268,8 @@ def test_inductor():
 
     def loss_of(b: Batch) -> torch.Tensor:
         hidden = torch.tanh(b.hidden)
-        mixture = head(hidden, b.weight, b.labels, normalizer=7, **b.rows).loss
+        rows = read_by(head, b.rows)
+        mixture = head(hidden, b.weight, b.labels, normalizer=7, **rows).loss
         plain = linear_cross_entropy(
             hidden, b.weight, b.labels, token_weights=b.token_weights
         )
@@ -287,7 +288,8 @@ def losses_of_tokens(b: Batch) -> torch.Tensor:
 
 
 def sequence_loss(b: Batch) -> torch.Tensor:
-    return SEQUENCES(b.hidden, b.weight, b.labels, **b.rows).loss
+    rows = read_by(SEQUENCES, b.rows)
+    return SEQUENCES(b.hidden, b.weight, b.labels, **rows).loss
 
 
 def distilled(b: Batch) -> torch.Tensor:
@@ -346,7 +348,7 @@ def test_the_operation_keeps_the_rules_of_operations(chunks):
                 b.labels,
                 token_weights=b.token_weights,
                 num_labeled=num_labeled,
-                **b.rows,
+                **read_by(head, b.rows),
             )
     assert len(calls) == 2
     for args in calls:

@@ -162,6 +162,16 @@ def test_a_normalizer_is_one_number(impl, normalizer, message):
         )
 
 
+@pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])
+def test_a_tensor_that_is_no_normalizer_makes_the_loss_nan(value):
+    problem = Problem()
+    normalizer = torch.tensor(value)
+    out = HeadLoss()(
+        problem.hidden, problem.weight, problem.labels, normalizer=normalizer
+    )
+    assert out.loss.isnan()
+
+
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_a_normalizer_may_be_any_tensor_of_one_element(impl):
     problem = Problem()

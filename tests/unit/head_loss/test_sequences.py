@@ -15,7 +15,7 @@ from liger_kernel.chunked_loss import (
     LigerFusedLinearSimPOLoss,
 )
 
-from tests.helpers import Problem, relative_error
+from tests.helpers import Problem, read_by, relative_error
 from torchtitan_liger.head_loss import (
     CrossEntropy,
     HeadLoss,
@@ -113,7 +113,8 @@ def preference(problem, kind, layout):
 
 def run(problem, head, **call):
     def loss_of(hidden, weight, labels):
-        rows = {name: x.view(B, L) for name, x in problem.rows.items()}
+        read = read_by(head, problem.rows)
+        rows = {name: x.view(B, L) for name, x in read.items()}
         return head(
             hidden.view(B, L, -1), weight, labels.view(B, L), **call, **rows
         ).loss

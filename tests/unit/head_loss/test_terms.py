@@ -253,11 +253,12 @@ def row_inputs(problem: Problem) -> dict[str, torch.Tensor]:
 
 
 def inputs_of(names, rows):
-    """What the call gets: the teacher is no number per token."""
-    given = dict(rows)
-    teacher = given.pop("teacher")
-    if any(isinstance(TERMS[name][0], Distillation) for name in names):
-        given["teacher"] = Teacher(logits=teacher)
+    """What the call gets: only what the terms read, and a teacher is no number."""
+    terms = [TERMS[name][0] for name in names]
+    wanted = frozenset().union(*(term.inputs for term in terms))
+    given = {name: rows[name] for name in rows if name in wanted}
+    if any(isinstance(term, Distillation) for term in terms):
+        given["teacher"] = Teacher(logits=rows["teacher"])
     return given
 
 
@@ -490,8 +491,9 @@ def test_focal_has_no_nan_where_the_label_is_certain():
 def test_constant_shifts_of_the_logits_change_only_the_z_loss():
     problem = Problem(T=20, D=101, V=101)
     problem.weight = torch.eye(101, dtype=torch.float64)  # hidden states are logits
-    given = inputs_of((), row_inputs(problem))
-    head = HeadLoss([TERMS[n][0] for n in ("smoothed", "focal", "entropy", "ppo")])
+    names = ("smoothed", "focal", "entropy", "ppo")
+    given = inputs_of(names, row_inputs(problem))
+    head = HeadLoss([TERMS[n][0] for n in names])
     before = problem.run(lambda *args: head(*args, **given).loss)
     problem.hidden += 50.0
     after = problem.run(lambda *args: head(*args, **given).loss)
@@ -538,6 +540,10 @@ def test_row_inputs_must_be_like_the_labels():
         head(*call, advantages=torch.ones(3))
     with pytest.raises(ValueError, match="advantages is not given"):
         head(*call)
+    with pytest.raises(
+        ValueError, match=r"inputs \(none\): token_weight is read by none"
+    ):
+        HeadLoss()(*call, token_weight=torch.ones(257))
     head = HeadLoss([Unlikelihood()])
     with pytest.raises(ValueError, match=r"like labels, \(257, 'K'\).* got \(257,\)"):
         head(*call, candidates=problem.labels)
@@ -552,13 +558,17 @@ def test_row_inputs_must_be_like_the_labels():
 
 def test_a_mixture_is_the_sum_of_its_parts():
     problem = Problem(T=37, D=16, V=101)
-    given = inputs_of((), row_inputs(problem))
+    rows = row_inputs(problem)
     parts = [
-        problem.run(lambda *args, n=n: HeadLoss([TERMS[n][0]])(*args, **given).loss)
+        problem.run(
+            lambda *args, n=n: (
+                HeadLoss([TERMS[n][0]])(*args, **inputs_of((n,), rows)).loss
+            )
+        )
         for n in MIXTURE
     ]
     head = HeadLoss([TERMS[n][0] for n in MIXTURE])
-    whole = problem.run(lambda *args: head(*args, **given).loss)
+    whole = problem.run(lambda *args: head(*args, **inputs_of(MIXTURE, rows)).loss)
     assert relative_error(whole.d_weight, sum(p.d_weight for p in parts)) < 1e-12
     assert relative_error(whole.d_hidden, sum(p.d_hidden for p in parts)) < 1e-12
 

@@ -207,6 +207,8 @@ class HeadLoss:
                 else "there is a teacher, but no term that learns from it"
             )
         if teacher is not None:
+            if not isinstance(teacher, Teacher):
+                raise ValueError(f"teacher must be a Teacher, got {type(teacher)}")
             teacher = teacher.flat(labels.shape, num_columns)
 
         kept_N, scale, all_labeled = kept_rows(

@@ -290,7 +290,9 @@ def check_terms(terms: Sequence[Term]) -> None:
             exist, or for two that need one thing in two ways.
     """
     names = [term.name for term in terms]
-    if not names or len(set(names)) < len(names):
+    if not names:
+        raise ValueError("a head loss needs at least one term")
+    if len(set(names)) < len(names):
         raise ValueError(f"a head loss needs terms of different names, got {names}")
     for term in terms:
         if unknown := sorted(term.needs - OPTIONAL):

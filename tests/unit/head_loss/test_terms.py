@@ -504,7 +504,7 @@ def test_constant_shifts_of_the_logits_change_only_the_z_loss():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: HeadLoss([]), "terms of different names"),
+        (lambda: HeadLoss([]), "at least one term"),
         (lambda: HeadLoss([ZLoss(1.0), ZLoss(2.0)]), "terms of different names"),
         (lambda: HeadLoss([Unknown()]), "needs rank; there"),
         (lambda: HeadLoss([ZLoss(1.0)], HeadLossOptions(z_loss=1.0)), "of your own"),
@@ -550,6 +550,10 @@ def test_row_inputs_must_be_like_the_labels():
     head = HeadLoss([Distillation()])
     with pytest.raises(ValueError, match="distillation need teacher"):
         head(*call)
+    with pytest.raises(
+        ValueError, match="must be a Teacher, got <class 'torch.Tensor'>"
+    ):
+        head(*call, teacher=torch.ones(257, 517))
     with pytest.raises(ValueError, match="no term that learns from it"):
         HeadLoss()(*call, teacher=Teacher(logits=torch.ones(257, 517)))
     with pytest.raises(ValueError, match=r"must be \(257, 517\), got \(257, 5\)"):

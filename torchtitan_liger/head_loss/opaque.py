@@ -15,7 +15,7 @@ import torch
 from torchtitan_liger.head_loss.chunked import run
 from torchtitan_liger.head_loss.evaluate import Metrics
 from torchtitan_liger.head_loss.options import HeadLossOptions
-from torchtitan_liger.head_loss.passes import HeadCall
+from torchtitan_liger.head_loss.passes import HeadCall, weight_sum_dtype
 from torchtitan_liger.head_loss.terms import Term
 
 
@@ -187,12 +187,12 @@ def _(
 ) -> tuple[torch.Tensor, ...]:
     recipe = _recipes[recipe_name]
     none = hidden_TD.new_empty(0)
-    single = labels_N.shape[0] <= tokens_per_chunk
-    single = single and weight_vD.dtype == products_dtype
-    acc_dtype = products_dtype if single else recipe.options.acc_dtype
-    acc_dtype = torch.promote_types(acc_dtype, products_dtype)
-    if products_dtype == torch.float16:
-        acc_dtype = torch.float32
+    sum_dtype = weight_sum_dtype(
+        products_dtype,
+        weight_vD.dtype,
+        recipe.options.acc_dtype,
+        single_chunk=labels_N.shape[0] <= tokens_per_chunk,
+    )
     return (
         torch.empty_like(scale),
         scale.new_empty(len(recipe.terms)),
@@ -200,7 +200,7 @@ def _(
         scale.new_empty(labels_N.shape),
         torch.empty_like(scale),
         torch.empty_like(hidden_TD, dtype=products_dtype) if need_d_hidden else none,
-        weight_vD.new_empty(weight_vD.shape, dtype=acc_dtype)
+        weight_vD.new_empty(weight_vD.shape, dtype=sum_dtype)
         if need_d_weight
         else none.clone(),
     )

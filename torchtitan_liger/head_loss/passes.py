@@ -152,12 +152,13 @@ class Passes:
             self._d_hidden_TD = make(self._hidden_TD)
         self._d_weight: _WeightGradient | None = None
         if need_d_weight:
-            acc_dtype = options.acc_dtype
-            if num_chunks == 1 and weight_vD.dtype == call.products_dtype:
-                acc_dtype = call.products_dtype  # no sum to lose precision in
-            if call.products_dtype == torch.float16:
-                acc_dtype = torch.float32  # it is scaled later, and may be large here
-            self._d_weight = _WeightGradient(self._weight_vD, acc_dtype)
+            sum_dtype = weight_sum_dtype(
+                call.products_dtype,
+                weight_vD.dtype,
+                options.acc_dtype,
+                single_chunk=num_chunks == 1,
+            )
+            self._d_weight = _WeightGradient(self._weight_vD, sum_dtype)
 
     def logits(self, rows: slice) -> Chunk:
         """Product 1."""
@@ -285,14 +286,27 @@ def _rows(size: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(size)
 
 
-class _WeightGradient:
-    """The sum over chunks of `d_logits.T @ hidden`, in `acc_dtype`."""
+def weight_sum_dtype(
+    products_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    acc_dtype: torch.dtype,
+    *,
+    single_chunk: bool,
+) -> torch.dtype:
+    """The dtype in which the weight's gradient is summed; never below the products'."""
+    if products_dtype == torch.float16:
+        return torch.float32  # it is scaled later, and may be large here
+    if single_chunk and weight_dtype == products_dtype:
+        return products_dtype  # no sum to lose precision in
+    return torch.promote_types(acc_dtype, products_dtype)
 
-    def __init__(self, weight_vD: torch.Tensor, acc_dtype: torch.dtype) -> None:
-        # Never narrower than the products.
-        acc_dtype = torch.promote_types(acc_dtype, weight_vD.dtype)
+
+class _WeightGradient:
+    """The sum over chunks of `d_logits.T @ hidden`."""
+
+    def __init__(self, weight_vD: torch.Tensor, sum_dtype: torch.dtype) -> None:
         self._sum_vD = torch.empty_like(
-            weight_vD, dtype=acc_dtype, memory_format=torch.contiguous_format
+            weight_vD, dtype=sum_dtype, memory_format=torch.contiguous_format
         )
         self._empty = True  # there is at least one chunk
 

@@ -245,12 +245,7 @@ class Preference(SequenceTerm):
         else:
             loss = -self.beta * log_sigmoid(margin)
         pairs = Sequences(pair_C, len(margin), sequences.valid_C)
-        return (loss / pairs.lengths(loss_like(stats)))[pair_C]
-
-
-def loss_like(stats: Statistics) -> torch.Tensor:
-    """A constant tensor [C] in the dtype of the statistics."""
-    return stats.logp.detach()
+        return (loss / pairs.lengths(stats.logp))[pair_C]
 
 
 def _check_clip(low: float, high: float) -> None:

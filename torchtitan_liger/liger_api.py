@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from packaging.version import InvalidVersion, Version
@@ -95,8 +95,8 @@ class LigerHeadLoss:
     """`HeadLoss` computed by Liger-Kernel's fused linear cross entropy.
 
     Differences from `HeadLoss`: the loss is float32 for any inputs; the gradients are
-    rounded once before they are multiplied by `1 / normalizer`, and once after; and Liger
-    waits for the GPU twice per call.
+    rounded once more where `normalizer` is neither 1 nor this call's number of labels; and
+    Liger waits for the GPU twice per call.
     """
 
     impl = "liger"
@@ -144,16 +144,26 @@ class LigerHeadLoss:
             ignore_index=self.options.ignore_index,
             check_labels=check_labels,
         )
-        kept_N, scale, _ = kept_rows(
+        kept_N, scale, all_labeled = kept_rows(
             call, self.options.ignore_index, check_labels, num_labeled
         )
         call = call._replace(scale=scale)
+        # Where Liger's own reduction is the loss, its gradients need no other factor. Only
+        # float16 cannot hold those of a mean.
+        is_sum = not isinstance(normalizer, torch.Tensor) and normalizer == 1
+        is_sum = is_sum or call.products_dtype == torch.float16
         hidden_TD = call.hidden_TD
         if kept_N is not None:
             hidden_TD = hidden_TD.index_select(0, kept_N)
             call = call._replace(labels_T=call.labels_T[kept_N])
         loss, z_loss = _LigerFunction.apply(
-            hidden_TD, weight, call, self.options, torch.is_grad_enabled()
+            hidden_TD,
+            weight,
+            call,
+            self.options,
+            "sum" if is_sum else "mean",
+            all_labeled,
+            torch.is_grad_enabled(),
         )
         if not self.options.z_loss:
             return HeadLossOutput(loss, {"cross_entropy": loss.detach()}, {})
@@ -183,7 +193,9 @@ class LigerHeadLoss:
 
 
 class _LigerFunction(torch.autograd.Function):
-    """`apply(hidden, weight, call, options, with_grad) -> (loss, weighted z-loss)`.
+    """`apply(hidden, weight, call, options, reduction, all_labeled, with_grad)`.
+
+    Gives the loss and, a part of it, the weighted z-loss.
 
     Liger's own backward scales the gradients that it holds in place, so a second pass
     through the graph would scale them again. Here they are taken out with an incoming
@@ -197,6 +209,8 @@ class _LigerFunction(torch.autograd.Function):
         weight_VD: torch.Tensor,
         call: Call,
         options: HeadLossOptions,
+        reduction: Literal["sum", "mean"],
+        all_labeled: bool,
         with_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from liger_kernel.transformers.functional import (
@@ -206,13 +220,20 @@ class _LigerFunction(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         with_grad = with_grad and (needs_hidden or needs_weight)
         dtype = call.products_dtype
-        valid_T = call.labels_T != options.ignore_index
-        # Nothing that an ignored row holds may reach the weight's gradient. Cast here,
-        # once: under autocast Liger would cast the weight for every chunk.
-        hidden = hidden_TD.detach().masked_fill(~valid_T[:, None], 0).to(dtype)
-        weight = weight_VD.detach().to(dtype)
+        # Cast here, once: under autocast Liger would cast the weight for every chunk.
+        hidden, weight = hidden_TD.detach().to(dtype), weight_VD.detach().to(dtype)
         num_tokens, dim = hidden.shape
+        num_valid: torch.Tensor | int = num_tokens
+        if not all_labeled:
+            # Nothing that an ignored row holds may reach the weight's gradient.
+            valid_T = call.labels_T != options.ignore_index
+            hidden, num_valid = hidden.masked_fill(~valid_T[:, None], 0), valid_T.sum()
         scale = call.scale.float()
+        if reduction == "mean":
+            scale = scale * num_valid
+            # n * (1 / n) may miss one by a rounding.
+            is_one = (scale - 1).abs() < 4 * torch.finfo(scale.dtype).eps
+            scale = scale.masked_fill(is_one, 1.0)
         loss, z_loss = torch.zeros_like(scale), torch.zeros_like(scale)
         grads: list[torch.Tensor | None] = [None, None]
         if num_tokens == 0:  # Liger would divide by zero chunks
@@ -237,7 +258,7 @@ class _LigerFunction(torch.autograd.Function):
                     ignore_index=options.ignore_index,
                     lse_square_scale=options.z_loss,
                     label_smoothing=options.label_smoothing,
-                    reduction="sum",
+                    reduction=reduction,
                     softcap=options.logit_softcap or None,
                     return_z_loss=bool(options.z_loss),
                     accum_dtype=torch.promote_types(options.acc_dtype, dtype),
@@ -272,7 +293,7 @@ class _LigerFunction(torch.autograd.Function):
             None if grad is None else scale_gradient(grad, grad_loss * scale, dtype)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None, None
 
 
 def liger_rows(num_tokens: int, dim: int, vocab_size: int, const: int) -> int:

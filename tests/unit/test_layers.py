@@ -18,7 +18,8 @@ LAYERS = (
     {"loss_curves_judge", "config_checks"},
     {"loss_curves_report"},
     {"head_loss.options", "head_loss.chunking"},
-    {"head_loss.statistics", "head_loss.reference", "head_loss.triton_kernels"},
+    {"head_loss.statistics", "head_loss.reference", "head_loss.triton_blocks"},
+    {"head_loss.triton_statistics", "head_loss.triton_gradients"},
     {"head_loss.sweeps", "head_loss.vocab_parallel"},
     {"head_loss.triton_sweeps"},
     {"head_loss.calls"},
@@ -52,7 +53,11 @@ OUTSIDE = {
         "trainer",
         "train",
     },
-    "triton": {"head_loss.triton_kernels"},
+    "triton": {
+        "head_loss.triton_blocks",
+        "head_loss.triton_gradients",
+        "head_loss.triton_statistics",
+    },
 }
 
 

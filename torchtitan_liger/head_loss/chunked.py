@@ -22,7 +22,12 @@ from torchtitan_liger.head_loss.calls import (
 )
 from torchtitan_liger.head_loss.evaluate import partials_of, values_of
 from torchtitan_liger.head_loss.passes import Chunk, HeadCall, Passes, Softmax
-from torchtitan_liger.head_loss.statistics import Coefficients, Partials
+from torchtitan_liger.head_loss.statistics import (
+    AT_ONCE,
+    Coefficients,
+    Partials,
+    Statistics,
+)
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
@@ -164,10 +169,16 @@ def run(
         with_grad = need_d_hidden or need_d_weight
         weight_N = early * row_weight_N
         parts = []
-        for rows, softmax, chunk in _one_by_one(passes):
-            parts.append(softmax)
-            if with_grad and not call.two_phase:
-                passes.gradients(chunk, _coefficients(passes, softmax, rows, weight_N))
+        if with_grad and _at_once(call):
+            for rows in call.chunks():
+                partials = _partials(passes, None, rows, weight_N)
+                parts.append(passes.gradients_at_once(passes.logits(rows), partials))
+        else:
+            for rows, softmax, chunk in _one_by_one(passes):
+                parts.append(softmax)
+                if with_grad and not call.two_phase:
+                    by = _coefficients(passes, softmax, rows, weight_N)
+                    passes.gradients(chunk, by)
         softmax = Softmax.together(parts)
         # What is only reported comes last, for all tokens at once.
         statistics, valid_N = passes.statistics(softmax), passes.valid_N
@@ -207,14 +218,37 @@ def _one_by_one(passes: Passes) -> Iterator[tuple[slice, Softmax, Chunk]]:
         yield pending[0].rows, passes.softmax(*pending), pending[0]
 
 
+def _slopes_are_constant(call: HeadCall) -> bool:
+    return all(term.slopes is not None for term in call.terms if term.weight)
+
+
+def _at_once(call: HeadCall) -> bool:
+    """Whether a row's gradient needs nothing but the row: no other ranks' columns, no
+    other tokens, and no statistic that is known only when the row has been read."""
+    read = {name for term in call.terms if term.weight for name in term.slopes or ()}
+    return (
+        call.shard is None
+        and not call.two_phase
+        and _slopes_are_constant(call)
+        and AT_ONCE.issuperset(read.union(*(term.needs for term in call.terms)))
+    )
+
+
 def _coefficients(
     passes: Passes, softmax: Softmax, rows: slice, weight_N: torch.Tensor
 ) -> Coefficients:
     """Of the gradient of the tokens in `rows`, whose softmax this is."""
-    call = passes.call
-    constant = all(term.slopes is not None for term in call.terms if term.weight)
+    constant = _slopes_are_constant(passes.call)
     statistics = None if constant else passes.statistics(softmax)
-    partials = partials_of(
+    partials = _partials(passes, statistics, rows, weight_N)
+    return passes.coefficients(partials, softmax, statistics)
+
+
+def _partials(
+    passes: Passes, statistics: Statistics | None, rows: slice, weight_N: torch.Tensor
+) -> Partials:
+    call = passes.call
+    return partials_of(
         call.terms,
         statistics,
         {name: x[rows] for name, x in call.rows.items()},
@@ -222,7 +256,6 @@ def _coefficients(
         passes.valid_N[rows],
         None if call.sequences is None else call.sequences.rows(rows),
     )
-    return passes.coefficients(partials, softmax, statistics)
 
 
 def _second_phase(passes: Passes, softmax: Softmax, partials: Partials) -> None:

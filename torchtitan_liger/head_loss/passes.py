@@ -144,6 +144,10 @@ class Passes:
         num_buffers = 2 if shard is not None and num_chunks > 1 else 1
         size = min(call.tokens_per_chunk, len(call.labels_N)), num_columns
         self._buffers = [_rows(size, self._hidden_TD) for _ in range(num_buffers)]
+        self._teacher_buffers = []
+        if call.teacher is not None and call.teacher.weight is not None:
+            like = call.teacher.weight
+            self._teacher_buffers = [_rows(size, like) for _ in range(num_buffers)]
         self._turn = 0
 
         self._d_hidden_TD: torch.Tensor | None = None
@@ -172,9 +176,9 @@ class Passes:
             # 0 * NaN would.
             hidden_CD = self._hidden_TD[rows].masked_fill(~valid_C[:, None], 0)
         buffer_Cv = self._buffers[self._turn][: len(hidden_CD)]
-        self._turn = (self._turn + 1) % len(self._buffers)
         logits_Cv = torch.mm(hidden_CD, self._weight_vD.t(), out=buffer_Cv)
         teacher = self._teacher_logits(rows) if self._has_teacher else None
+        self._turn = (self._turn + 1) % len(self._buffers)
         return Chunk(rows, logits_Cv, hidden_CD, teacher)
 
     def _teacher_logits(self, rows: slice) -> TeacherLogits:
@@ -189,7 +193,8 @@ class Passes:
         else:
             part = given[rows].masked_fill(~self.valid_N[rows, None], 0)
         if teacher.weight is not None:
-            part = part @ teacher.weight.t()
+            buffer_Cv = self._teacher_buffers[self._turn][: len(part)]
+            part = torch.mm(part, teacher.weight.t(), out=buffer_Cv)
         if part.dtype == torch.float64:  # may be beside a narrower student
             part = part.to(self.call.scale.dtype)
         if part.stride(1) != 1:
@@ -200,24 +205,40 @@ class Passes:
 
     def start(self, chunk: Chunk) -> Callable[[], Sums]:
         """Sweep 1; gives a function that waits for the other ranks' sums."""
-        num_candidates = 0
-        candidates_CK = None
-        if self._candidates_NK is not None:
-            candidates_CK = self._candidates_NK[chunk.rows]
-            num_candidates = candidates_CK.shape[1]
-        singles = [name for name in self._names if name != "candidate_logits"]
-        packed_kC = self.call.scale.new_empty(
-            len(singles) + num_candidates, len(chunk.hidden_CD)
-        )
+        packed_kC = self._empty_sums(chunk)
         self._sweeps.statistics_sweep(
             chunk.logits_Cv,
             self._column_N[chunk.rows],
             self._transform,
             unpack(self._names, packed_kC),
-            candidates_CK=candidates_CK,
+            candidates_CK=self._candidates(chunk),
             teacher=chunk.teacher,
         )
         return exchange(self._names, packed_kC, self.call.shard)
+
+    def gradients_at_once(self, chunk: Chunk, partials: Partials) -> Softmax:
+        """All that `start`, `softmax` and `gradients` do, in one trip through the logits:
+        for partials by the statistics in `AT_ONCE`, without columns on other ranks."""
+        softmax = Softmax(unpack(self._names, self._empty_sums(chunk)), None)
+        self._sweeps.both_sweeps(
+            chunk.logits_Cv,
+            self._column_N[chunk.rows],
+            self._transform,
+            softmax.sums,
+            self.coefficients(partials, softmax, None),
+        )
+        self._products(chunk)
+        return softmax
+
+    def _candidates(self, chunk: Chunk) -> torch.Tensor | None:
+        return None if self._candidates_NK is None else self._candidates_NK[chunk.rows]
+
+    def _empty_sums(self, chunk: Chunk) -> torch.Tensor:
+        """[k, C] memory for the sums, one after the other."""
+        count = len(self._names)
+        if self._candidates_NK is not None:
+            count += self._candidates_NK.shape[1] - 1
+        return self.call.scale.new_empty(count, len(chunk.hidden_CD))
 
     def softmax(self, chunk: Chunk, wait: Callable[[], Sums]) -> Softmax:
         """The sums over all columns."""
@@ -252,17 +273,20 @@ class Passes:
 
     def gradients(self, chunk: Chunk, coefficients: Coefficients) -> None:
         """Sweep 2, products 2 and 3. Overwrites the chunk's logits."""
-        rows, d_logits_Cv = chunk.rows, chunk.logits_Cv
-        candidates_NK = self._candidates_NK
         self._sweeps.gradient_sweep(
-            d_logits_Cv,
-            self._column_N[rows],
+            chunk.logits_Cv,
+            self._column_N[chunk.rows],
             self._transform,
             coefficients,
-            candidates_CK=None if candidates_NK is None else candidates_NK[rows],
+            candidates_CK=self._candidates(chunk),
             teacher=chunk.teacher,
             jsd_beta=self._jsd_beta,
         )
+        self._products(chunk)
+
+    def _products(self, chunk: Chunk) -> None:
+        """Products 2 and 3, of what the logits have become."""
+        rows, d_logits_Cv = chunk.rows, chunk.logits_Cv
         if self._d_hidden_TD is not None:
             if self.call.kept_N is None:
                 torch.mm(d_logits_Cv, self._weight_vD, out=self._d_hidden_TD[rows])

@@ -38,6 +38,8 @@ class Statistics(NamedTuple):
 OPTIONAL = frozenset(Statistics._field_defaults)
 OF_TEACHER = frozenset({"kl_fwd", "kl_rev", "jsd", "teacher_entropy"})
 WITHOUT_GRADIENT = frozenset({"max_logp", "teacher_entropy"})
+# A row's own maximum and sum of exponentials are all that their gradients need.
+AT_ONCE = frozenset({"logp", "lse", "uniform_ce"})
 
 
 Sums = dict[str, torch.Tensor]
@@ -57,8 +59,8 @@ SUMS = (
     "teacher_max",  # max_j v_j
     "teacher_sumexp",  # sum_j f_j
     "teacher_shifted_sum",  # sum_j f_j (v_j - teacher_max)
-    "student_by_teacher",  # sum_j f_j (z_j - max)
-    "teacher_by_student",  # sum_j e_j (v_j - teacher_max)
+    "student_gap",  # sum_j e_j ((z_j - max) - (v_j - teacher_max))
+    "teacher_gap",  # sum_j f_j ((v_j - teacher_max) - (z_j - max))
     "candidate_logits",  # [K, C] like label_logit
 )
 
@@ -69,8 +71,8 @@ _SUMS_FOR = {
     "entropy": {"shifted_sum"},
     "p2": {"square_sum"},
     "logp_k": {"candidate_logits"},
-    "kl_fwd": {*_TEACHER, "teacher_shifted_sum", "student_by_teacher"},
-    "kl_rev": {*_TEACHER, "shifted_sum", "teacher_by_student"},
+    "kl_fwd": {*_TEACHER, "teacher_gap"},
+    "kl_rev": {*_TEACHER, "student_gap"},
     "jsd": _TEACHER,
     "teacher_entropy": {*_TEACHER, "teacher_shifted_sum"},
 }
@@ -100,17 +102,16 @@ def combine(names: Sequence[str], gathered_RkC: torch.Tensor) -> Sums:
     total = {"max": parts["max"].amax(dim=0)}
     # Of a rank without columns the maximum is -inf: it has no share.
     shift_RC = parts["max"] - total["max"]
-    share_RC = teacher_share_RC = shift_RC.exp()
-    shifts = {"max": shift_RC}
+    teacher_shift_RC = shift_RC
     if "teacher_max" in parts:
         total["teacher_max"] = parts["teacher_max"].amax(dim=0)
-        shifts["teacher_max"] = parts["teacher_max"] - total["teacher_max"]
-        teacher_share_RC = shifts["teacher_max"].exp()
+        teacher_shift_RC = parts["teacher_max"] - total["teacher_max"]
+    share_RC, teacher_share_RC = shift_RC.exp(), teacher_shift_RC.exp()
 
-    def moved(name: str, origin: str, exps: str) -> torch.Tensor:
+    def moved(name: str, by_RC: torch.Tensor, exps: str) -> torch.Tensor:
         """A sum of w_j (x_j - local origin) as one of w_j (x_j - global origin)."""
         exps_RC = parts[exps]
-        return parts[name] + torch.where(exps_RC > 0, shifts[origin] * exps_RC, 0.0)
+        return parts[name] + torch.where(exps_RC > 0, by_RC * exps_RC, 0.0)
 
     for name in names:
         if name in ("label_logit", "logit_sum", "candidate_logits"):
@@ -120,17 +121,18 @@ def combine(names: Sequence[str], gathered_RkC: torch.Tensor) -> Sums:
         elif name == "square_sum":
             total[name] = (share_RC.square() * parts[name]).sum(dim=0)
         elif name == "shifted_sum":
-            total[name] = (share_RC * moved(name, "max", "sumexp")).sum(dim=0)
-        elif name == "teacher_by_student":
-            by_RC = moved(name, "teacher_max", "sumexp")
+            by_RC = moved(name, shift_RC, "sumexp")
+            total[name] = (share_RC * by_RC).sum(dim=0)
+        elif name == "student_gap":
+            by_RC = moved(name, shift_RC - teacher_shift_RC, "sumexp")
             total[name] = (share_RC * by_RC).sum(dim=0)
         elif name == "teacher_sumexp":
             total[name] = (teacher_share_RC * parts[name]).sum(dim=0)
         elif name == "teacher_shifted_sum":
-            by_RC = moved(name, "teacher_max", "teacher_sumexp")
+            by_RC = moved(name, teacher_shift_RC, "teacher_sumexp")
             total[name] = (teacher_share_RC * by_RC).sum(dim=0)
-        elif name == "student_by_teacher":
-            by_RC = moved(name, "max", "teacher_sumexp")
+        elif name == "teacher_gap":
+            by_RC = moved(name, teacher_shift_RC - shift_RC, "teacher_sumexp")
             total[name] = (teacher_share_RC * by_RC).sum(dim=0)
     return total
 
@@ -164,21 +166,15 @@ def statistics_of(
         values["logp_k"] = logp_KC.t().contiguous()
     if OF_TEACHER.intersection(needs):
         teacher_log_C = sums["teacher_sumexp"].log()
-    if "teacher_entropy" in needs or "kl_fwd" in needs:
-        teacher_entropy_C = (
-            teacher_log_C - sums["teacher_shifted_sum"] / sums["teacher_sumexp"]
-        )
-        if "teacher_entropy" in needs:
-            values["teacher_entropy"] = teacher_entropy_C
-        if "kl_fwd" in needs:
-            cross_C = log_sumexp_C - sums["student_by_teacher"] / sums["teacher_sumexp"]
-            values["kl_fwd"] = cross_C - teacher_entropy_C
+    if "teacher_entropy" in needs:
+        mean_C = sums["teacher_shifted_sum"] / sums["teacher_sumexp"]
+        values["teacher_entropy"] = teacher_log_C - mean_C
+    if "kl_fwd" in needs:
+        gap_C = sums["teacher_gap"] / sums["teacher_sumexp"]
+        values["kl_fwd"] = gap_C - (teacher_log_C - log_sumexp_C)
     if "kl_rev" in needs:
-        values["kl_rev"] = (
-            (sums["shifted_sum"] - sums["teacher_by_student"]) / sums["sumexp"]
-            - log_sumexp_C
-            + teacher_log_C
-        )
+        gap_C = sums["student_gap"] / sums["sumexp"]
+        values["kl_rev"] = gap_C - (log_sumexp_C - teacher_log_C)
     if "jsd" in needs:
         assert mixture is not None
         values["jsd"] = (

@@ -80,13 +80,15 @@ def statistics_sweep(
             t_shifted = v.sub(_finite(part["teacher_max"])[:, None])
             t_exp = t_shifted.exp()
             torch.sum(t_exp, dim=1, out=part["teacher_sumexp"])
-            for name, weights, values in (
-                ("teacher_shifted_sum", t_exp, t_shifted),
-                ("student_by_teacher", t_exp, shifted),
-                ("teacher_by_student", exp, t_shifted),
-            ):
-                if name in part:
-                    torch.sum(_product(weights, values), dim=1, out=part[name])
+            if "teacher_shifted_sum" in part:
+                by = _product(t_exp, t_shifted)
+                torch.sum(by, dim=1, out=part["teacher_shifted_sum"])
+            if "student_gap" in part:
+                by = _product(exp, shifted - t_shifted)
+                torch.sum(by, dim=1, out=part["student_gap"])
+            if "teacher_gap" in part:
+                by = _product(t_exp, t_shifted - shifted)
+                torch.sum(by, dim=1, out=part["teacher_gap"])
 
 
 def mixture_sweep(
@@ -152,6 +154,24 @@ def gradient_sweep(
             grad.div_(transform.temperature)
         if grad.data_ptr() != logits_Cv[rows].data_ptr():
             logits_Cv[rows].copy_(grad)
+
+
+def both_sweeps(
+    logits_Cv: torch.Tensor,
+    column_C: torch.Tensor,
+    transform: Transform,
+    sums: Sums,
+    coefficients: Coefficients,
+) -> None:
+    """`statistics_sweep` and then `gradient_sweep`, in one trip to memory.
+
+    Args:
+        coefficients: made of constants and of `sums`, which are filled here.
+    """
+    for rows in _blocks(logits_Cv):
+        part = logits_Cv[rows], column_C[rows], transform
+        statistics_sweep(*part, {name: x[rows] for name, x in sums.items()})
+        gradient_sweep(*part, coefficients.rows(rows))
 
 
 def _general_gradient(

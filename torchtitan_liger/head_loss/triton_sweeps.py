@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-import torchtitan_liger.head_loss.triton_kernels as triton_kernels
 from torchtitan_liger.head_loss.statistics import SUMS, Coefficients, Sums
 from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
+from torchtitan_liger.head_loss.triton_gradients import (
+    both_kernel,
+    gradient_kernel,
+    scale_kernel,
+)
+from torchtitan_liger.head_loss.triton_statistics import (
+    mixture_kernel,
+    statistics_kernel,
+)
 
-# The fastest on an H200 of blocks from 512 to 8,192, 1 to 8 of them at a time, 2 to 8
-# warps: 305 and 589 us for 4,096 rows of 128,256 in bfloat16, where a copy takes 499.
-STATISTICS_BLOCK, STATISTICS_UNROLL, STATISTICS_WARPS = 512, 8, 4
-GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
+# The fastest on an H200 of blocks from 256 to 8,192, 1 to 16 of them at a time, 2 to 32
+# warps; for 4,096 rows of 128,256 in bfloat16, where a copy takes 500 us:
+STATISTICS_BLOCK, STATISTICS_UNROLL, STATISTICS_WARPS = 512, 8, 4  # 305 us
+GRADIENT_BLOCK, GRADIENT_BLOCKS, GRADIENT_WARPS = 1024, 16, 4  # 541 us
+BOTH_BLOCK, BOTH_UNROLL, BOTH_GRADIENT_BLOCK, BOTH_WARPS = 4096, 4, 8192, 16  # 705 us
+SCALE_BLOCK, SCALE_BLOCKS = 2048, 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -29,29 +39,57 @@ def statistics_sweep(
 ) -> None:
     """As `sweeps.statistics_sweep`; needs `sums` to be rows of one tensor [k, C]."""
     num_rows, num_columns = logits_Cv.shape
-    packed = sums["max"]
-    places = {f"AT_{name}": -1 for name in SUMS}
-    for name, x in sums.items():
-        offset = x.storage_offset() - packed.storage_offset()
-        places[f"AT_{name}"] = offset // max(1, num_rows)
     if num_rows == 0:
         return
     block = _block(STATISTICS_BLOCK, num_columns)
-    triton_kernels.statistics_kernel[(num_rows,)](
+    statistics_kernel[(num_rows,)](
         logits_Cv,
         logits_Cv.stride(0),
         num_columns,
         column_C,
-        packed,
+        sums["max"],
         num_rows,
         candidates_CK,
         *_teacher_arguments(teacher),
-        **places,
+        **_places(sums, SUMS),
         NUM_CANDIDATES=0 if candidates_CK is None else candidates_CK.shape[1],
         **_transforms(transform, teacher),
         BLOCK=block,
         UNROLL=max(1, min(STATISTICS_UNROLL, -(-num_columns // block))),
         num_warps=STATISTICS_WARPS,
+    )
+
+
+def both_sweeps(
+    logits_Cv: torch.Tensor,
+    column_C: torch.Tensor,
+    transform: Transform,
+    sums: Sums,
+    coefficients: Coefficients,
+) -> None:
+    """As `sweeps.both_sweeps`; needs `sums` to be rows of one tensor [k, C]."""
+    num_rows, num_columns = logits_Cv.shape
+    if num_rows == 0:
+        return
+    block = _block(BOTH_BLOCK, num_columns)
+    by = coefficients
+    both_kernel[(num_rows,)](
+        logits_Cv,
+        logits_Cv.stride(0),
+        num_columns,
+        column_C,
+        sums["max"],
+        num_rows,
+        by.softmax.contiguous(),
+        by.label.contiguous(),
+        None if by.constant is None else by.constant.contiguous(),
+        **_places(sums, ("max", "sumexp", "label_logit", "logit_sum")),
+        SOFTCAP=transform.softcap,
+        TEMPERATURE=transform.temperature,
+        BLOCK=block,
+        UNROLL=BOTH_UNROLL if num_columns > block else 1,
+        GRADIENT_BLOCK=_block(BOTH_GRADIENT_BLOCK, num_columns),
+        num_warps=BOTH_WARPS,
     )
 
 
@@ -66,7 +104,7 @@ def mixture_sweep(
     num_rows, num_columns = logits_Cv.shape
     shares_2C = sums["max"].new_zeros(2, num_rows)
     if shares_2C.numel() and num_columns:
-        triton_kernels.mixture_kernel[(num_rows,)](
+        mixture_kernel[(num_rows,)](
             logits_Cv,
             logits_Cv.stride(0),
             num_columns,
@@ -77,7 +115,7 @@ def mixture_sweep(
             sums["teacher_sumexp"],
             shares_2C,
             num_rows,
-            **_log_shares(beta),
+            BETA=beta,
             **_transforms(transform, teacher),
             BLOCK=_block(STATISTICS_BLOCK, num_columns),
             num_warps=STATISTICS_WARPS,
@@ -103,7 +141,8 @@ def gradient_sweep(
     by = coefficients
     if by.candidates is None:
         candidates_CK = None
-    triton_kernels.gradient_kernel[(num_rows, -(-num_columns // block))](
+    groups = -(-num_columns // (block * GRADIENT_BLOCKS))
+    gradient_kernel[(num_rows, groups)](
         logits_Cv,
         logits_Cv.stride(0),
         num_columns,
@@ -112,9 +151,10 @@ def gradient_sweep(
         *_teacher_arguments(teacher if by.teacher_max is not None else None),
         *(None if x is None else x.contiguous() for x in by),
         NUM_CANDIDATES=0 if candidates_CK is None else candidates_CK.shape[1],
-        **_log_shares(jsd_beta),
+        BETA=jsd_beta,
         **_transforms(transform, teacher),
         BLOCK=block,
+        BLOCKS=GRADIENT_BLOCKS,
         num_warps=GRADIENT_WARPS,
     )
 
@@ -128,16 +168,27 @@ def scale(grad: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
         out: contiguous, of any dtype.
     """
     if grad.numel():
-        block = 4096
-        triton_kernels.scale_kernel[(-(-grad.numel() // block),)](
+        elements = SCALE_BLOCK * SCALE_BLOCKS
+        scale_kernel[(-(-grad.numel() // elements),)](
             grad,
             factor,
             out,
             grad.numel(),
             IN_PLACE=grad.data_ptr() == out.data_ptr(),
-            BLOCK=block,
+            BLOCK=SCALE_BLOCK,
+            BLOCKS=SCALE_BLOCKS,
             num_warps=GRADIENT_WARPS,
         )
+
+
+def _places(sums: Sums, names: Sequence[str]) -> dict[str, int]:
+    """In which row of their tensor the sums are; -1 for those that nobody asks for."""
+    places = {f"AT_{name}": -1 for name in names}
+    first = sums["max"]
+    for name, x in sums.items():
+        offset = x.storage_offset() - first.storage_offset()
+        places[f"AT_{name}"] = offset // first.numel()
+    return places
 
 
 def _block(most: int, num_columns: int) -> int:
@@ -159,11 +210,3 @@ def _teacher_arguments(teacher: TeacherLogits | None) -> tuple[Any, int]:
     if teacher is None:
         return None, 0
     return teacher.logits_Cv, teacher.logits_Cv.stride(0)
-
-
-def _log_shares(beta: float) -> dict[str, float]:
-    inside = 0 < beta < 1
-    return {
-        "LOG_STUDENT": math.log1p(-beta) if inside else 0.0,
-        "LOG_TEACHER": math.log(beta) if inside else 0.0,
-    }

@@ -52,8 +52,11 @@ def test_sums_are_what_they_are_called(impl):
     z[:, ::7] = -torch.inf  # padding
     v[:, ::7] = -torch.inf
     z[4] += 1e4
+    z[5] -= 1e4
+    z[6, : V - 600] = -torch.inf  # what has a share comes last
     sums = sums_of(impl, z, v, label, candidates)
-    e, f = (z - z.amax(1, keepdim=True)).exp(), (v - v.amax(1, keepdim=True)).exp()
+    z_shifted, v_shifted = z - z.amax(1, keepdim=True), v - v.amax(1, keepdim=True)
+    e, f = z_shifted.exp(), v_shifted.exp()
 
     def pick(columns):
         return torch.where(columns < 0, 0.0, z.gather(1, columns.clamp(min=0)))
@@ -63,13 +66,13 @@ def test_sums_are_what_they_are_called(impl):
         "sumexp": e.sum(1),
         "label_logit": pick(label[:, None])[:, 0],
         "logit_sum": z.sum(1),
-        "shifted_sum": product(e, z - z.amax(1, keepdim=True)),
+        "shifted_sum": product(e, z_shifted),
         "square_sum": e.square().sum(1),
         "teacher_max": v.amax(1),
         "teacher_sumexp": f.sum(1),
-        "teacher_shifted_sum": product(f, v - v.amax(1, keepdim=True)),
-        "student_by_teacher": product(f, z - z.amax(1, keepdim=True)),
-        "teacher_by_student": product(e, v - v.amax(1, keepdim=True)),
+        "teacher_shifted_sum": product(f, v_shifted),
+        "student_gap": product(e, z_shifted - v_shifted),
+        "teacher_gap": product(f, v_shifted - z_shifted),
         "candidate_logits": pick(candidates).t(),
     }
     assert sums.keys() == expected.keys()
@@ -138,6 +141,38 @@ def test_the_gradient_is_its_formula(impl, everything, transform):
         jsd_beta=0.3,
     )
     torch.testing.assert_close(u, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("smoothed", [True, False])
+@pytest.mark.parametrize("transform", [PLAIN, Transform(2.0, 0.7)], ids=str)
+@pytest.mark.parametrize("num_columns", [1, 40, V, 33_001])
+def test_both_sweeps_at_once_are_one_after_the_other(
+    impl, transform, smoothed, num_columns
+):
+    g = torch.Generator().manual_seed(0)
+    z = 3 * torch.randn(C, num_columns, generator=g, dtype=torch.float64)
+    z[4] += 1e4
+    z[5] -= 1e4
+    z[6, : num_columns - 600] = -torch.inf  # what has a share comes last
+    label = torch.randint(num_columns, (C,), generator=g)
+    label[2] = -1  # ignored
+    names = ("max", "sumexp", "label_logit", "logit_sum")[: 3 + smoothed]
+    results = []
+    for at_once in (True, False):
+        u, sums = z.clone(), unpack(names, torch.empty(len(names), C).double())
+        g.manual_seed(1)
+        softmax, by_label, constant = torch.randn(3, C, generator=g).double()
+        by = Coefficients(sums["max"], sums["sumexp"], softmax, by_label)
+        if smoothed:
+            by = by._replace(constant=constant)
+        if at_once:
+            impl.both_sweeps(u, label, transform, sums, by)
+        else:
+            sweeps.statistics_sweep(u, label, transform, sums)
+            sweeps.gradient_sweep(u, label, transform, by)
+        results.append([u, *sums.values()])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

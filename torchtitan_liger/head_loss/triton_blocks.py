@@ -1,0 +1,120 @@
+"""What the Triton kernels share: a block of logits, from memory to memory.
+
+What is None, or has no place, is compiled away.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_logits(
+    pointer,
+    columns,
+    num_columns,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    EVICT: tl.constexpr = None,
+):
+    """Logits z of these columns; -inf beyond the last one."""
+    inside = columns < num_columns
+    place = pointer + columns
+    if EVICT is None:
+        z = tl.load(place, mask=inside, other=-float("inf"))
+    else:
+        z = tl.load(place, mask=inside, other=-float("inf"), eviction_policy=EVICT)
+    if z.dtype != tl.float64:
+        z = z.to(tl.float32)
+    z = transformed(z, SOFTCAP, TEMPERATURE)
+    if SOFTCAP > 0:  # tanh has made -inf finite
+        z = tl.where(inside, z, -float("inf"))
+    return z
+
+
+@triton.jit
+def transformed(z, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr):
+    if SOFTCAP > 0:
+        z = tanh(z / SOFTCAP) * (SOFTCAP / TEMPERATURE)
+    elif TEMPERATURE != 1:
+        z = z / TEMPERATURE
+    return z
+
+
+@triton.jit
+def tanh(x):
+    exp = tl.exp(-2 * tl.abs(x))
+    tanh = (1 - exp) / (1 + exp)
+    return tl.where(x < 0, -tanh, tanh)
+
+
+@triton.jit
+def load_logit(
+    pointer,
+    column,
+    dtype: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+):
+    """z of one column; 0 where the column is -1."""
+    u = tl.load(pointer + column, mask=column >= 0, other=0.0)
+    return transformed(u.to(dtype), SOFTCAP, TEMPERATURE)
+
+
+@triton.jit
+def finite(maximum):
+    """-inf - -inf would be NaN."""
+    return tl.where(maximum == -float("inf"), 0.0, maximum)
+
+
+@triton.jit
+def origin_of(maximum):
+    """Exponents are counted from a whole number of bits, not below the maximum: sums move
+    from one such origin to another without rounding."""
+    return tl.ceil(maximum * LOG2_E)
+
+
+@triton.jit
+def bits_above(origin, z):
+    """The exponent of `exp z` above an origin, rounded once."""
+    return tl.fma(z, LOG2_E, -origin)
+
+
+@triton.jit
+def product(weights, values):
+    """A column of -inf has no share."""
+    return weights * tl.where(weights > 0, values, 0.0)
+
+
+@triton.jit
+def load_optional(pointer, row):
+    """A row's number; 0 where there are none."""
+    value = 0.0
+    if pointer is not None:
+        value = tl.load(pointer + row)
+    return value
+
+
+@triton.jit
+def store_gradient(
+    logits,
+    columns,
+    num_columns,
+    grad,
+    z,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+):
+    """The gradient by the raw logits, in their place."""
+    if SOFTCAP > 0:  # d tanh
+        capped = z * (TEMPERATURE / SOFTCAP)
+        grad *= 1 - capped * capped
+    if TEMPERATURE != 1:
+        grad /= TEMPERATURE
+    tl.store(
+        logits + columns,
+        grad.to(logits.dtype.element_ty),
+        mask=columns < num_columns,
+        cache_modifier=".cs",  # who reads it next comes after all other rows
+    )

@@ -1,0 +1,231 @@
+"""Triton kernels that read logits and leave sums.
+
+One program per row. What has no place in the sums is compiled away, so what no term asks
+for costs nothing.
+"""
+
+import triton
+import triton.language as tl
+
+from torchtitan_liger.head_loss.triton_blocks import (
+    bits_above,
+    finite,
+    load_logit,
+    load_logits,
+    origin_of,
+    product,
+)
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def statistics_kernel(
+    logits,
+    stride,
+    num_columns,
+    label_columns,
+    sums,
+    num_rows,
+    candidates,
+    teacher,
+    teacher_stride,
+    AT_max: tl.constexpr,
+    AT_sumexp: tl.constexpr,
+    AT_label_logit: tl.constexpr,
+    AT_logit_sum: tl.constexpr,
+    AT_shifted_sum: tl.constexpr,
+    AT_square_sum: tl.constexpr,
+    AT_teacher_max: tl.constexpr,
+    AT_teacher_sumexp: tl.constexpr,
+    AT_teacher_shifted_sum: tl.constexpr,
+    AT_student_gap: tl.constexpr,
+    AT_teacher_gap: tl.constexpr,
+    AT_candidate_logits: tl.constexpr,
+    NUM_CANDIDATES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
+    TEACHER_TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    sums += row
+    dtype: tl.constexpr = sums.dtype.element_ty
+    lanes = tl.arange(0, BLOCK)
+
+    # Maximum and sums are each lane's until the end: threads have nothing to exchange. A
+    # lane's origin moves once in UNROLL blocks, which are read twice, then from the cache.
+    # All exponents and origins are in bits.
+    zeros = tl.zeros([BLOCK], dtype)
+    maximum = zeros - float("inf")
+    origin = maximum
+    sumexp = zeros
+    logit_sum = zeros
+    shifted_sum = zeros
+    square_sum = zeros
+    if AT_teacher_max >= 0:
+        teacher += row * teacher_stride
+        t_maximum = maximum
+        t_origin = maximum
+        t_sumexp = zeros
+        t_shifted_sum = zeros
+        student_gap = zeros
+        teacher_gap = zeros
+
+    for start in range(0, num_columns, BLOCK * UNROLL):
+        for i in tl.static_range(UNROLL):
+            columns = start + i * BLOCK + lanes
+            z = load_logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
+            maximum = tl.maximum(maximum, z)
+        old = origin
+        origin = origin_of(maximum)
+        base = finite(origin)
+        shift = old - base
+        rescale = tl.exp2(shift)
+        if AT_teacher_max >= 0:
+            for i in tl.static_range(UNROLL):
+                columns = start + i * BLOCK + lanes
+                v = load_logits(
+                    teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
+                )
+                t_maximum = tl.maximum(t_maximum, v)
+            t_old = t_origin
+            t_origin = origin_of(t_maximum)
+            t_base = finite(t_origin)
+            t_shift = t_old - t_base
+            t_rescale = tl.exp2(t_shift)
+            if AT_student_gap >= 0:
+                student_gap = _moved(student_gap, shift - t_shift, sumexp, rescale)
+            if AT_teacher_gap >= 0:
+                teacher_gap = _moved(teacher_gap, t_shift - shift, t_sumexp, t_rescale)
+            if AT_teacher_shifted_sum >= 0:
+                t_shifted_sum = _moved(t_shifted_sum, t_shift, t_sumexp, t_rescale)
+            t_sumexp *= t_rescale
+        if AT_shifted_sum >= 0:
+            shifted_sum = _moved(shifted_sum, shift, sumexp, rescale)
+        if AT_square_sum >= 0:
+            square_sum *= rescale * rescale
+        sumexp *= rescale
+
+        for i in tl.static_range(UNROLL):
+            columns = start + i * BLOCK + lanes
+            z = load_logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
+            shifted = bits_above(base, z)
+            exp = tl.exp2(shifted)
+            sumexp += exp
+            if AT_shifted_sum >= 0:
+                shifted_sum += product(exp, shifted)
+            if AT_square_sum >= 0:
+                square_sum += exp * exp
+            if AT_logit_sum >= 0:
+                logit_sum += tl.where(columns < num_columns, z, 0.0)
+            if AT_teacher_max >= 0:
+                v = load_logits(
+                    teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
+                )
+                t_shifted = bits_above(t_base, v)
+                t_exp = tl.exp2(t_shifted)
+                t_sumexp += t_exp
+                if AT_student_gap >= 0:
+                    student_gap += product(exp, shifted - t_shifted)
+                if AT_teacher_gap >= 0:
+                    teacher_gap += product(t_exp, t_shifted - shifted)
+                if AT_teacher_shifted_sum >= 0:
+                    t_shifted_sum += product(t_exp, t_shifted)
+
+    total_max = tl.max(maximum, axis=0)
+    shift = -bits_above(origin, finite(total_max))
+    share = tl.exp2(shift)
+    tl.store(sums + AT_max * num_rows, total_max)
+    tl.store(sums + AT_sumexp * num_rows, tl.sum(sumexp * share, axis=0))
+    if AT_logit_sum >= 0:
+        tl.store(sums + AT_logit_sum * num_rows, tl.sum(logit_sum, axis=0))
+    if AT_shifted_sum >= 0:
+        moved = _moved(shifted_sum, shift, sumexp, share)
+        tl.store(sums + AT_shifted_sum * num_rows, tl.sum(moved, axis=0) * LN_2)
+    if AT_square_sum >= 0:
+        moved = square_sum * share * share
+        tl.store(sums + AT_square_sum * num_rows, tl.sum(moved, axis=0))
+    if AT_teacher_max >= 0:
+        t_total_max = tl.max(t_maximum, axis=0)
+        t_shift = -bits_above(t_origin, finite(t_total_max))
+        t_share = tl.exp2(t_shift)
+        tl.store(sums + AT_teacher_max * num_rows, t_total_max)
+        moved = t_sumexp * t_share
+        tl.store(sums + AT_teacher_sumexp * num_rows, tl.sum(moved, axis=0))
+        if AT_teacher_shifted_sum >= 0:
+            moved = _moved(t_shifted_sum, t_shift, t_sumexp, t_share)
+            total = tl.sum(moved, axis=0) * LN_2
+            tl.store(sums + AT_teacher_shifted_sum * num_rows, total)
+        if AT_student_gap >= 0:
+            moved = _moved(student_gap, shift - t_shift, sumexp, share)
+            tl.store(sums + AT_student_gap * num_rows, tl.sum(moved, axis=0) * LN_2)
+        if AT_teacher_gap >= 0:
+            moved = _moved(teacher_gap, t_shift - shift, t_sumexp, t_share)
+            tl.store(sums + AT_teacher_gap * num_rows, tl.sum(moved, axis=0) * LN_2)
+    label = tl.load(label_columns + row)
+    tl.store(
+        sums + AT_label_logit * num_rows,
+        load_logit(logits, label, dtype, SOFTCAP, TEMPERATURE),
+    )
+    for k in tl.static_range(NUM_CANDIDATES):
+        column = tl.load(candidates + row * NUM_CANDIDATES + k)
+        tl.store(
+            sums + (AT_candidate_logits + k) * num_rows,
+            load_logit(logits, column, dtype, SOFTCAP, TEMPERATURE),
+        )
+
+
+@triton.jit
+def _moved(total, by, times, rescale):
+    """sum w_j (x_j - old origin) -> sum w_j (x_j - new origin), for each lane."""
+    return rescale * (total + times * tl.where(times > 0, by, 0.0))
+
+
+@triton.jit
+def mixture_kernel(
+    logits,
+    stride,
+    num_columns,
+    teacher,
+    teacher_stride,
+    maxima,
+    sumexps,
+    teacher_maxima,
+    teacher_sumexps,
+    shares,
+    num_rows,
+    BETA: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
+    TEACHER_TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    teacher += row * teacher_stride
+    dtype: tl.constexpr = shares.dtype.element_ty
+    origin = finite(tl.load(maxima + row))
+    log_sumexp = tl.log(tl.load(sumexps + row))
+    t_origin = finite(tl.load(teacher_maxima + row))
+    t_log_sumexp = tl.log(tl.load(teacher_sumexps + row))
+    student_kl = tl.zeros([BLOCK], dtype)
+    teacher_kl = tl.zeros([BLOCK], dtype)
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = load_logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
+        v = load_logits(
+            teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
+        )
+        log_p = (z - origin) - log_sumexp
+        log_q = (v - t_origin) - t_log_sumexp
+        p, q = tl.exp(log_p), tl.exp(log_q)
+        log_m = tl.log(BETA * q + (1 - BETA) * p)
+        student_kl += product(p, log_p - log_m)
+        teacher_kl += product(q, log_q - log_m)
+    tl.store(shares + row, tl.sum(student_kl, axis=0))
+    tl.store(shares + num_rows + row, tl.sum(teacher_kl, axis=0))

@@ -63,7 +63,7 @@ def liger_status(device_type: str) -> LigerStatus:
                 f"Liger-Kernel {version} is too old, at least {MINIMUM_VERSION} is "
                 "needed. Please upgrade it with: pip install -U liger-kernel",
             )
-        importlib.import_module("liger_kernel.transformers.functional")
+        importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
     except ModuleNotFoundError as error:
         if error.name == "liger_kernel":
             return LigerStatus(False, False, INSTALL_HINT)
@@ -96,7 +96,7 @@ class LigerHeadLoss:
 
     Differences from `HeadLoss`: the loss is float32 for any inputs; the gradients are
     rounded once more where `normalizer` is neither 1 nor this call's number of labels; and
-    Liger waits for the GPU twice per call.
+    Liger waits for the GPU once per call.
     """
 
     impl = "liger"
@@ -197,9 +197,9 @@ class _LigerFunction(torch.autograd.Function):
 
     Gives the loss and, a part of it, the weighted z-loss.
 
-    Liger's own backward scales the gradients that it holds in place, so a second pass
-    through the graph would scale them again. Here they are taken out with an incoming
-    gradient of one, which leaves them as they are, and scaled by us.
+    Liger's own backward pass scales the gradients that it holds in place, so a second one
+    through the same graph would scale them again, and waits for the GPU to see whether it
+    has to. Here they are taken from the function below it, and scaled by us.
     """
 
     @staticmethod
@@ -213,8 +213,8 @@ class _LigerFunction(torch.autograd.Function):
         all_labeled: bool,
         with_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        from liger_kernel.transformers.functional import (
-            liger_fused_linear_cross_entropy,
+        from liger_kernel.ops.fused_linear_cross_entropy import (
+            fused_linear_cross_entropy_forward,
         )
 
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -239,44 +239,36 @@ class _LigerFunction(torch.autograd.Function):
         if num_tokens == 0:  # Liger would divide by zero chunks
             grads = [torch.zeros_like(hidden), torch.zeros_like(weight)]
         else:
-            # Liger computes the weight's gradient only beside that of the hidden states.
-            hidden.requires_grad_(with_grad)
-            weight.requires_grad_(with_grad and needs_weight)
             row_bytes = weight.shape[0] * dtype.itemsize
             budget = budget_bytes(
                 options.logits_memory_mib, hidden.device.type, row_bytes
             )
-            with (
-                torch.set_grad_enabled(with_grad),
-                torch.autocast(hidden.device.type, enabled=False),
-            ):
-                # By keyword: the order has grown between versions.
-                result = liger_fused_linear_cross_entropy(
-                    input=hidden,
-                    weight=weight,
-                    target=call.labels_T,
-                    ignore_index=options.ignore_index,
-                    lse_square_scale=options.z_loss,
-                    label_smoothing=options.label_smoothing,
-                    reduction=reduction,
-                    softcap=options.logit_softcap or None,
-                    return_z_loss=bool(options.z_loss),
-                    accum_dtype=torch.promote_types(options.acc_dtype, dtype),
-                    chunk_mem_const=chunk_mem_const(
-                        num_tokens, dim, weight.shape[0], dtype.itemsize, budget
-                    ),
+            with torch.autocast(hidden.device.type, enabled=False):
+                # By keyword, and from both ends: arguments and results have grown between
+                # versions. The weight's gradient comes only beside the hidden states'.
+                loss, z_loss, *_, d_hidden, d_weight, _ = (
+                    fused_linear_cross_entropy_forward(
+                        _input=hidden,
+                        weight=weight,
+                        target=call.labels_T,
+                        ignore_index=options.ignore_index,
+                        lse_square_scale=options.z_loss,
+                        label_smoothing=options.label_smoothing,
+                        reduction=reduction,
+                        softcap=options.logit_softcap or None,
+                        return_z_loss=bool(options.z_loss),
+                        accum_dtype=torch.promote_types(options.acc_dtype, dtype),
+                        compute_gradients=with_grad,
+                        weight_requires_grad=with_grad and needs_weight,
+                        chunk_mem_const=chunk_mem_const(
+                            num_tokens, dim, weight.shape[0], dtype.itemsize, budget
+                        ),
+                    )
                 )
-            if options.z_loss:
-                loss, z_loss = result.loss, result.z_loss
-            else:
-                loss = result
+            if z_loss is None:
+                z_loss = torch.zeros_like(scale)
             if with_grad:
-                inputs = [hidden, weight] if needs_weight else [hidden]
-                taken = torch.autograd.grad(loss, inputs)
-                grads = [
-                    taken[0] if needs_hidden else None,
-                    taken[1] if needs_weight else None,
-                ]
+                grads = [d_hidden if needs_hidden else None, d_weight]
         ctx.dtypes = hidden_TD.dtype, weight_VD.dtype
         ctx.save_for_backward(scale, *grads)
         z_loss = z_loss.detach().float() * scale

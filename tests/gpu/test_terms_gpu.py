@@ -162,9 +162,8 @@ def test_a_cuda_graph_replays_with_other_inputs(names, counted):
         step.hidden.normal_(generator=g)
         step.weight.normal_(generator=g).mul_(0.1)
         step.labels.copy_(step.labels.roll(7))  # as many of them as before
-        step.rows["advantages"].normal_(generator=g)
-        step.rows["old_logp"].normal_(generator=g).sub_(6)
-        step.rows["ref_logp"].normal_(generator=g).sub_(6)
+        for name in step.rows.keys() & {"advantages", "old_logp", "ref_logp"}:
+            step.rows[name].normal_(generator=g).sub_(6 * (name != "advantages"))
         step.normalizer.fill_(70)
         step.upstream.fill_(-0.37)
     graph.replay()

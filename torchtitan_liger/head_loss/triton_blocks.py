@@ -78,7 +78,20 @@ def origin_of(maximum):
 @triton.jit
 def bits_above(origin, z):
     """The exponent of `exp z` above an origin, rounded once."""
-    return tl.fma(z, LOG2_E, -origin)
+    # A plain constant would be rounded to float32.
+    return tl.fma(z, tl.full((), LOG2_E, z.dtype), -origin)
+
+
+@triton.jit
+def bits_to(origin, maximum):
+    """How far an origin lies above a maximum, in bits, and two to the power of that.
+
+    Once a row, so it can be exact: a GPU's float32 exponential is off by a few roundings,
+    but not at whole numbers.
+    """
+    high = maximum.to(tl.float64) * tl.full((), LOG2_E, tl.float64)
+    bits = origin.to(tl.float64) - high
+    return bits.to(maximum.dtype), tl.exp2(bits).to(maximum.dtype)
 
 
 @triton.jit

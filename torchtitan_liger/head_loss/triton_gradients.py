@@ -10,6 +10,7 @@ import triton.language as tl
 
 from torchtitan_liger.head_loss.triton_blocks import (
     bits_above,
+    bits_to,
     finite,
     load_logit,
     load_logits,
@@ -53,19 +54,22 @@ def gradient_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    origin = finite(tl.load(maxima + row))
+    maximum = finite(tl.load(maxima + row))
+    origin = origin_of(maximum)
+    _, to_max = bits_to(origin, maximum)
     sumexp = tl.load(sumexps + row)
-    inverse = 1 / sumexp
-    log_sumexp = tl.log(sumexp)
+    inverse = to_max / sumexp
     by_softmax = tl.load(softmax + row)
     by_log_softmax = load_optional(log_softmax, row)
     by_square = load_optional(square, row)
     by_constant = load_optional(constant, row)
     if teacher_maxima is not None:
         teacher += row * teacher_stride
-        t_origin = finite(tl.load(teacher_maxima + row))
+        t_maximum = finite(tl.load(teacher_maxima + row))
+        t_origin = origin_of(t_maximum)
+        _, to_max = bits_to(t_origin, t_maximum)
         t_sumexp = tl.load(teacher_sumexps + row)
-        t_inverse = 1 / t_sumexp
+        t_inverse = to_max / t_sumexp
     by_t_softmax = load_optional(by_teacher, row)
     by_log_teacher = load_optional(log_teacher, row)
     by_log_mixture = load_optional(log_mixture, row)
@@ -76,21 +80,19 @@ def gradient_kernel(
     for first in range(start, tl.minimum(start + BLOCK * BLOCKS, num_columns), BLOCK):
         columns = first + tl.arange(0, BLOCK)
         z = load_logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
-        shifted = z - origin
-        p = tl.exp(shifted) * inverse
+        p = tl.exp2(bits_above(origin, z)) * inverse
         factor = by_softmax
         if log_softmax is not None:
-            factor += by_log_softmax * (shifted - log_sumexp)
+            factor += by_log_softmax * ((z - maximum) - tl.log(sumexp))
         if square is not None:
             factor += by_square * p
         if teacher_maxima is not None:
             v = load_logits(
                 teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
             )
-            t_shifted = v - t_origin
-            q = tl.exp(t_shifted) * t_inverse
+            q = tl.exp2(bits_above(t_origin, v)) * t_inverse
             if log_teacher is not None:
-                factor += by_log_teacher * (t_shifted - tl.log(t_sumexp))
+                factor += by_log_teacher * ((v - t_maximum) - tl.log(t_sumexp))
             if log_mixture is not None:
                 factor += by_log_mixture * tl.log(BETA * q + (1 - BETA) * p)
         grad = product(p, factor)
@@ -99,11 +101,14 @@ def gradient_kernel(
         if constant is not None:
             grad += by_constant
         # Before any rounding: for a confident token this nearly cancels the softmax's share.
-        grad += tl.where(columns == label_column, by_label, 0.0)
+        # Few blocks have the column: the others should not look at each of theirs.
+        if (label_column >= first) & (label_column < first + BLOCK):
+            grad += tl.where(columns == label_column, by_label, 0.0)
         for k in tl.static_range(NUM_CANDIDATES):
-            place = row * NUM_CANDIDATES + k
-            here = columns == tl.load(candidates + place)
-            grad += tl.where(here, tl.load(by_candidates + place), 0.0)
+            column = tl.load(candidates + row * NUM_CANDIDATES + k)
+            if (column >= first) & (column < first + BLOCK):
+                by_candidate = tl.load(by_candidates + row * NUM_CANDIDATES + k)
+                grad += tl.where(columns == column, by_candidate, 0.0)
         store_gradient(logits, columns, num_columns, grad, z, SOFTCAP, TEMPERATURE)
 
 
@@ -157,11 +162,11 @@ def both_kernel(
         if AT_logit_sum >= 0:
             logit_sum += tl.sum(tl.where(columns < num_columns, z, 0.0), axis=0)
     total_max = tl.max(maximum, axis=0)
-    finite_max = finite(total_max)
-    share = tl.exp2(-bits_above(origin, finite_max))
-    total_sumexp = tl.sum(sumexp * share, axis=0)
+    highest = finite(tl.max(origin, axis=0))
+    total_sumexp = tl.sum(sumexp * tl.exp2(origin - highest), axis=0)
+    _, to_max = bits_to(highest, finite(total_max))
     tl.store(sums + AT_max * num_rows, total_max)
-    tl.store(sums + AT_sumexp * num_rows, total_sumexp)
+    tl.store(sums + AT_sumexp * num_rows, total_sumexp * to_max)
     if AT_logit_sum >= 0:
         tl.store(sums + AT_logit_sum * num_rows, tl.sum(logit_sum, axis=0))
 
@@ -176,10 +181,11 @@ def both_kernel(
         z = load_logits(
             logits, columns, num_columns, SOFTCAP, TEMPERATURE, "evict_first"
         )
-        grad = tl.exp(z - finite_max) * factor
+        grad = tl.exp2(bits_above(highest, z)) * factor
         if constant is not None:
             grad += tl.load(constant + row)
-        grad += tl.where(columns == column, by_label, 0.0)
+        if (column >= first) & (column < first + GRADIENT_BLOCK):
+            grad += tl.where(columns == column, by_label, 0.0)
         store_gradient(logits, columns, num_columns, grad, z, SOFTCAP, TEMPERATURE)
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from torchtitan_liger.head_loss.triton_blocks import (
     bits_above,
+    bits_to,
     finite,
     load_logit,
     load_logits,
@@ -137,8 +138,7 @@ def statistics_kernel(
                     t_shifted_sum += product(t_exp, t_shifted)
 
     total_max = tl.max(maximum, axis=0)
-    shift = -bits_above(origin, finite(total_max))
-    share = tl.exp2(shift)
+    shift, share = _to_maximum(origin, total_max)
     tl.store(sums + AT_max * num_rows, total_max)
     tl.store(sums + AT_sumexp * num_rows, tl.sum(sumexp * share, axis=0))
     if AT_logit_sum >= 0:
@@ -151,8 +151,7 @@ def statistics_kernel(
         tl.store(sums + AT_square_sum * num_rows, tl.sum(moved, axis=0))
     if AT_teacher_max >= 0:
         t_total_max = tl.max(t_maximum, axis=0)
-        t_shift = -bits_above(t_origin, finite(t_total_max))
-        t_share = tl.exp2(t_shift)
+        t_shift, t_share = _to_maximum(t_origin, t_total_max)
         tl.store(sums + AT_teacher_max * num_rows, t_total_max)
         moved = t_sumexp * t_share
         tl.store(sums + AT_teacher_sumexp * num_rows, tl.sum(moved, axis=0))
@@ -177,6 +176,14 @@ def statistics_kernel(
             sums + (AT_candidate_logits + k) * num_rows,
             load_logit(logits, column, dtype, SOFTCAP, TEMPERATURE),
         )
+
+
+@triton.jit
+def _to_maximum(origin, maximum):
+    """From each lane's origin to the maximum of all lanes: bits, and a factor."""
+    highest = finite(tl.max(origin, axis=0))
+    bits, factor = bits_to(highest, finite(maximum))
+    return (origin - highest) + bits, tl.exp2(origin - highest) * factor
 
 
 @triton.jit

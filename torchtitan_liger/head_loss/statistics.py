@@ -113,6 +113,10 @@ def combine(names: Sequence[str], gathered_RkC: torch.Tensor) -> Sums:
         exps_RC = parts[exps]
         return parts[name] + torch.where(exps_RC > 0, by_RC * exps_RC, 0.0)
 
+    def shared(share_RC: torch.Tensor, by_RC: torch.Tensor) -> torch.Tensor:
+        """What is too small to count has no share, and were it infinite."""
+        return torch.where(share_RC == 0, 0.0, share_RC * by_RC).sum(dim=0)
+
     for name in names:
         if name in ("label_logit", "logit_sum", "candidate_logits"):
             total[name] = parts[name].sum(dim=0)
@@ -121,19 +125,18 @@ def combine(names: Sequence[str], gathered_RkC: torch.Tensor) -> Sums:
         elif name == "square_sum":
             total[name] = (share_RC.square() * parts[name]).sum(dim=0)
         elif name == "shifted_sum":
-            by_RC = moved(name, shift_RC, "sumexp")
-            total[name] = (share_RC * by_RC).sum(dim=0)
+            total[name] = shared(share_RC, moved(name, shift_RC, "sumexp"))
         elif name == "student_gap":
             by_RC = moved(name, shift_RC - teacher_shift_RC, "sumexp")
-            total[name] = (share_RC * by_RC).sum(dim=0)
+            total[name] = shared(share_RC, by_RC)
         elif name == "teacher_sumexp":
             total[name] = (teacher_share_RC * parts[name]).sum(dim=0)
         elif name == "teacher_shifted_sum":
             by_RC = moved(name, teacher_shift_RC, "teacher_sumexp")
-            total[name] = (teacher_share_RC * by_RC).sum(dim=0)
+            total[name] = shared(teacher_share_RC, by_RC)
         elif name == "teacher_gap":
             by_RC = moved(name, teacher_shift_RC - shift_RC, "teacher_sumexp")
-            total[name] = (teacher_share_RC * by_RC).sum(dim=0)
+            total[name] = shared(teacher_share_RC, by_RC)
     return total
 
 
@@ -219,8 +222,8 @@ class Partials(NamedTuple):
 class Coefficients(NamedTuple):
     """The gradient by the logit `z_j`, each coefficient [C] or None where it is zero:
 
-        p_j (softmax + log_softmax log p_j + log_teacher log q_j + log_mixture log m_j
-             + square p_j) + teacher q_j + constant + label [j is y] + sum_k candidate_k
+        p_j (softmax + log_softmax log p_j + log_teacher log q_j
+             + mixture log(m_j / p_j) + square p_j) + teacher q_j + constant + label [j is y] + sum_k candidate_k
 
     with p_j = exp(z_j - max) / sumexp, and q_j likewise.
     """
@@ -236,7 +239,7 @@ class Coefficients(NamedTuple):
     teacher_sumexp: torch.Tensor | None = None
     teacher: torch.Tensor | None = None
     log_teacher: torch.Tensor | None = None
-    log_mixture: torch.Tensor | None = None
+    mixture: torch.Tensor | None = None
     candidates: torch.Tensor | None = None  # [C, K]
 
     def rows(self, rows: slice) -> Coefficients:
@@ -257,7 +260,7 @@ def coefficients_of(
     By d logp = [j is y] - p, d lse = p, d uniform_ce = p - 1/V, d kl_fwd = p - q,
     d entropy = -p (log p + entropy), d p2 = 2 p (p - p2),
     d kl_rev = p (log p - log q - kl_rev) and
-    d jsd = (1-b) p (log p - log m - KL(p|m)).
+    d jsd = -(1-b) p (log(m / p) + KL(p|m)).
     """
     softmax_C = -partials.logp
     if partials.lse is not None:
@@ -297,9 +300,8 @@ def coefficients_of(
         assert mixture is not None
         share_C = (1 - jsd_beta) * partials.jsd
         softmax_C = softmax_C - share_C * mixture.student_kl
-        log_softmax_C = add(log_softmax_C, share_C)
-        rest["log_mixture"] = -share_C
-    if rest.keys() & {"teacher", "log_teacher", "log_mixture"}:
+        rest["mixture"] = -share_C
+    if rest.keys() & {"teacher", "log_teacher", "mixture"}:
         rest["teacher_max"] = sums["teacher_max"]
         rest["teacher_sumexp"] = sums["teacher_sumexp"]
     if log_softmax_C is not None:

@@ -107,9 +107,15 @@ def mixture_sweep(
     if logits_Cv.shape[1] == 0:
         return shares_2C
     for rows in _blocks(logits_Cv):
-        log_p, log_q, log_m = _logs(logits_Cv, transform, teacher, sums, beta, rows)
-        torch.sum(_product(log_p.exp(), log_p - log_m), dim=1, out=shares_2C[0, rows])
-        torch.sum(_product(log_q.exp(), log_q - log_m), dim=1, out=shares_2C[1, rows])
+        student = TeacherLogits(logits_Cv, transform)
+        dtype = shares_2C.dtype
+        log_p = _log_softmax(student, sums["max"], sums["sumexp"], rows, dtype)
+        log_q = _log_softmax(
+            teacher, sums["teacher_max"], sums["teacher_sumexp"], rows, dtype
+        )
+        m_by_p, q_by_m = _to_mixture(log_p, log_q, beta)
+        torch.sum(_product(log_p.exp(), -m_by_p), dim=1, out=shares_2C[0, rows])
+        torch.sum(_product(log_q.exp(), q_by_m), dim=1, out=shares_2C[1, rows])
     return shares_2C
 
 
@@ -137,7 +143,7 @@ def gradient_sweep(
         # `z` may be the logits themselves, which are not needed any more.
         shifted = z.sub_(_finite(by.max[rows])[:, None])
         softmax_C = by.softmax[rows] / by.sumexp[rows]
-        others = (by.log_softmax, by.square, by.teacher, by.log_teacher, by.log_mixture)
+        others = (by.log_softmax, by.square, by.teacher, by.log_teacher, by.mixture)
         if all(x is None for x in others):
             grad = shifted.exp_().mul_(softmax_C[:, None])
         else:
@@ -198,32 +204,15 @@ def _general_gradient(
     if by.log_teacher is not None:
         assert log_q is not None
         factor.addcmul_(by.log_teacher[rows, None], log_q)
-    if by.log_mixture is not None:
+    if by.mixture is not None:
         assert log_q is not None
-        log_m = _log_mixture(log_p, log_q, beta)
-        factor.addcmul_(by.log_mixture[rows, None], log_m)
+        m_by_p, _ = _to_mixture(log_p, log_q, beta)
+        factor.addcmul_(by.mixture[rows, None], m_by_p)
     grad = _product(p, factor)
     if by.teacher is not None:
         assert log_q is not None
         grad.addcmul_(by.teacher[rows, None], log_q.exp_())
     return grad
-
-
-def _logs(
-    logits_Cv: torch.Tensor,
-    transform: Transform,
-    teacher: TeacherLogits,
-    sums: Sums,
-    beta: float,
-    rows: slice,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    student = TeacherLogits(logits_Cv, transform)
-    dtype = sums["max"].dtype
-    log_p = _log_softmax(student, sums["max"], sums["sumexp"], rows, dtype)
-    log_q = _log_softmax(
-        teacher, sums["teacher_max"], sums["teacher_sumexp"], rows, dtype
-    )
-    return log_p, log_q, _log_mixture(log_p, log_q, beta)
 
 
 def _log_softmax(
@@ -237,10 +226,14 @@ def _log_softmax(
     return z.sub(_finite(max_C[rows])[:, None]).sub_(sumexp_C[rows].log()[:, None])
 
 
-def _log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
-    """log(beta q + (1 - beta) p)."""
-    log_shares = torch.tensor([1 - beta, beta], dtype=torch.float64).log().tolist()
-    return torch.logaddexp(log_p + log_shares[0], log_q + log_shares[1])
+def _to_mixture(
+    log_p: torch.Tensor, log_q: torch.Tensor, beta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log(m / p) and log(q / m) of `m = beta q + (1 - beta) p`; also of small ones."""
+    gap = log_q - log_p
+    share = beta + (1 - 2 * beta) * (gap > 0).to(gap.dtype)
+    log_m = torch.log1p(share * torch.expm1(-gap.abs()))
+    return gap.clamp(min=0) + log_m, gap.clamp(max=0) - log_m
 
 
 def _transformed(

@@ -79,7 +79,8 @@ def origin_of(maximum):
 def bits_above(origin, z):
     """The exponent of `exp z` above an origin, rounded once."""
     # A plain constant would be rounded to float32.
-    return tl.fma(z, tl.full((), LOG2_E, z.dtype), -origin)
+    log2_e = tl.full((), LOG2_E, origin.dtype)
+    return tl.fma(z.to(origin.dtype), log2_e, -origin)
 
 
 @triton.jit
@@ -87,9 +88,10 @@ def bits_to(origin, maximum):
     """How far an origin lies above a maximum, in bits, and two to the power of that.
 
     Once a row, so it can be exact: a GPU's float32 exponential is off by a few roundings,
-    but not at whole numbers.
+    but not at whole numbers. The constant is that of `bits_above`.
     """
-    high = maximum.to(tl.float64) * tl.full((), LOG2_E, tl.float64)
+    log2_e = tl.full((), LOG2_E, maximum.dtype)
+    high = maximum.to(tl.float64) * log2_e.to(tl.float64)
     bits = origin.to(tl.float64) - high
     return bits.to(maximum.dtype), tl.exp2(bits).to(maximum.dtype)
 
@@ -98,6 +100,30 @@ def bits_to(origin, maximum):
 def product(weights, values):
     """A column of -inf has no share."""
     return weights * tl.where(weights > 0, values, 0.0)
+
+
+@triton.jit
+def to_mixture(log_p, log_q, BETA: tl.constexpr):
+    """log(m / p) and log(q / m) of `m = BETA q + (1 - BETA) p`; also of small ones."""
+    gap = log_q - log_p
+    share = BETA + (1 - 2 * BETA) * (gap > 0).to(gap.dtype)
+    log_m = _log1p(share * _expm1_of_negative(tl.abs(gap)))
+    return tl.maximum(gap, 0.0) + log_m, tl.minimum(gap, 0.0) - log_m
+
+
+@triton.jit
+def _expm1_of_negative(x):
+    """exp(-x) - 1 for x >= 0."""
+    series = -x * (1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5))))
+    return tl.where(x < 0.01, series, tl.exp(-x) - 1)
+
+
+@triton.jit
+def _log1p(x):
+    """What the sum loses of x, the quotient puts back (Higham, section 1.14.1)."""
+    sum = 1 + x
+    lost = tl.where(sum == 1, 1.0, sum - 1)
+    return tl.where(sum == 1, x, tl.log(sum) * (x / lost))
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from torchtitan_liger.head_loss.triton_blocks import (
     origin_of,
     product,
     store_gradient,
+    to_mixture,
 )
 
 
@@ -41,7 +42,7 @@ def gradient_kernel(
     teacher_sumexps,
     by_teacher,
     log_teacher,
-    log_mixture,
+    mixture,
     by_candidates,
     NUM_CANDIDATES: tl.constexpr,
     BETA: tl.constexpr,
@@ -72,7 +73,7 @@ def gradient_kernel(
         t_inverse = to_max / t_sumexp
     by_t_softmax = load_optional(by_teacher, row)
     by_log_teacher = load_optional(log_teacher, row)
-    by_log_mixture = load_optional(log_mixture, row)
+    by_mixture = load_optional(mixture, row)
     label_column = tl.load(label_columns + row)
     by_label = tl.load(label + row)
 
@@ -91,10 +92,12 @@ def gradient_kernel(
                 teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
             )
             q = tl.exp2(bits_above(t_origin, v)) * t_inverse
+            log_q = (v - t_maximum) - tl.log(t_sumexp)
             if log_teacher is not None:
-                factor += by_log_teacher * ((v - t_maximum) - tl.log(t_sumexp))
-            if log_mixture is not None:
-                factor += by_log_mixture * tl.log(BETA * q + (1 - BETA) * p)
+                factor += by_log_teacher * log_q
+            if mixture is not None:
+                m_by_p, _ = to_mixture((z - maximum) - tl.log(sumexp), log_q, BETA)
+                factor += by_mixture * m_by_p
         grad = product(p, factor)
         if by_teacher is not None:
             grad += by_t_softmax * q

@@ -15,6 +15,7 @@ from torchtitan_liger.head_loss.triton_blocks import (
     load_logits,
     origin_of,
     product,
+    to_mixture,
 )
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -188,8 +189,12 @@ def _to_maximum(origin, maximum):
 
 @triton.jit
 def _moved(total, by, times, rescale):
-    """sum w_j (x_j - old origin) -> sum w_j (x_j - new origin), for each lane."""
-    return rescale * (total + times * tl.where(times > 0, by, 0.0))
+    """sum w_j (x_j - old origin) -> sum w_j (x_j - new origin), for each lane.
+
+    What is too small to count has no share, and were it infinite.
+    """
+    moved = total + times * tl.where(times > 0, by, 0.0)
+    return tl.where(rescale == 0, 0.0, rescale * moved)
 
 
 @triton.jit
@@ -230,9 +235,8 @@ def mixture_kernel(
         )
         log_p = (z - origin) - log_sumexp
         log_q = (v - t_origin) - t_log_sumexp
-        p, q = tl.exp(log_p), tl.exp(log_q)
-        log_m = tl.log(BETA * q + (1 - BETA) * p)
-        student_kl += product(p, log_p - log_m)
-        teacher_kl += product(q, log_q - log_m)
+        m_by_p, q_by_m = to_mixture(log_p, log_q, BETA)
+        student_kl -= product(tl.exp(log_p), m_by_p)
+        teacher_kl += product(tl.exp(log_q), q_by_m)
     tl.store(shares + row, tl.sum(student_kl, axis=0))
     tl.store(shares + num_rows + row, tl.sum(teacher_kl, axis=0))

@@ -80,6 +80,63 @@ def test_sums_are_what_they_are_called(impl):
         torch.testing.assert_close(sums[name], value, rtol=1e-12, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1e4, -1e4])
+def test_float32_sums_are_as_exact_beside_large_logits(impl, offset):
+    """A softmax does not know of what all logits have in common; nor should its error."""
+    z, v, label, candidates = draw(torch.float32)
+    z, v = (64 * z).round() / 64, (64 * v).round() / 64  # so that the sum is exact
+    z[:, 0] = 40  # a confident row: nearly all of the sum is one number
+    exact = sums_of(sweeps, z.double(), v.double(), label, candidates)
+    sums = sums_of(impl, z + offset, v - offset, label, candidates)
+    at_once = unpack(("max", "sumexp", "label_logit"), torch.empty(3, C))
+    by = Coefficients(at_once["max"], at_once["sumexp"], *torch.zeros(2, C))
+    impl.both_sweeps(z + offset, label, PLAIN, at_once, by)
+    for got in (sums["sumexp"], at_once["sumexp"]):
+        torch.testing.assert_close(got, exact["sumexp"].float(), rtol=5e-7, atol=0)
+    for name in ("student_gap", "teacher_gap", "shifted_sum", "teacher_sumexp"):
+        torch.testing.assert_close(
+            sums[name], exact[name].float(), rtol=1e-6, atol=1e-6, msg=name
+        )
+
+
+def test_a_teacher_may_be_narrower_than_the_student(impl):
+    z, v, label, candidates = draw()
+    v = v.float()
+    sums = sums_of(impl, z, v, label, candidates)
+    exact = sums_of(sweeps, z, v.double(), label, candidates)
+    for name, value in exact.items():
+        torch.testing.assert_close(sums[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_what_underflows_has_no_share_in_a_gap_even_if_the_teacher_is_masked(impl):
+    z, v, _, _ = draw(torch.float32)
+    nothing = torch.full((C,), -1), torch.full((C, K), -1)
+    z[:, : V - 600], v[:, : V - 600] = -200, -torch.inf
+    sums = sums_of(impl, z, v, *nothing)
+    exact = sums_of(sweeps, z[:, -600:], v[:, -600:], *nothing)
+    torch.testing.assert_close(sums["student_gap"], exact["student_gap"])
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_the_mixture_of_unlikely_words_is_finite_and_of_likely_ones_is_exact(
+    impl, beta
+):
+    g = torch.Generator().manual_seed(0)
+    wide = (40 * torch.randn(C, V, generator=g), 40 * torch.randn(C, V, generator=g))
+    near = torch.randn(C, V, generator=g)
+    near[:, 0] = 20
+    for z, v in (wide, (near, near + 1e-3 * torch.randn(C, V, generator=g))):
+        nothing = torch.full((C,), -1), torch.full((C, K), -1)
+        shares = []
+        for run, dtype in ((impl, torch.float32), (sweeps, torch.float64)):
+            z, v = z.to(dtype), v.to(dtype)
+            sums = sums_of(run, z, v, *nothing)
+            teacher = TeacherLogits(v, PLAIN)
+            shares.append(run.mixture_sweep(z, PLAIN, teacher, sums, beta))
+        # Each is a sum of numbers that nearly cancel where student and teacher agree.
+        torch.testing.assert_close(shares[0].double(), shares[1], rtol=1e-5, atol=2e-7)
+
+
 def test_a_shard_may_have_no_likely_column_or_none_at_all(impl):
     _, v, label, candidates = draw()
     nothing = torch.full_like(label, -1)
@@ -117,7 +174,7 @@ def test_the_gradient_is_its_formula(impl, everything, transform):
         inner = (
             inner + by.log_softmax[:, None] * log_p + by.log_teacher[:, None] * log_q
         )
-        inner = inner + by.log_mixture[:, None] * log_m
+        inner = inner + by.mixture[:, None] * (log_m - log_p)
         inner = inner + by.square[:, None] * log_p.exp()
         expected = log_p.exp() * inner + by.teacher[:, None] * log_q.exp()
         expected = expected + by.constant[:, None]

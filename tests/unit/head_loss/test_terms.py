@@ -218,7 +218,7 @@ def sweeps(request, monkeypatch):
 
             return run
 
-        names = "statistics_sweep mixture_sweep gradient_sweep both_sweeps".split()
+        names = ["statistics_sweep", "mixture_sweep", "gradient_sweep", "both_sweeps"]
         locked_sweeps = {name: locked(getattr(triton_sweeps, name)) for name in names}
         module = SimpleNamespace(**locked_sweeps)
         monkeypatch.setattr(passes, "sweeps_for", lambda _: module)
@@ -311,6 +311,32 @@ def test_on_three_uneven_shards(names, sweeps, chunks, monkeypatch):
         monkeypatch, head, problem, [60, 0, 41], normalizer=7, **inputs_of(names, rows)
     )
     assert max(ours.errors(truth).values()) < 1e-10
+
+
+@pytest.mark.parametrize("columns", [[40], [30, 10], [20, 0, 20]], ids=str)
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_words_that_the_teacher_does_not_have_and_the_student_never_says(
+    kind, columns, monkeypatch
+):
+    """Also where a rank has no other words."""
+    g = torch.Generator().manual_seed(5)
+    problem = Problem(T=3, D=1, V=40, ignored=0)
+    problem.hidden = torch.ones(3, 1, dtype=torch.float64)
+    problem.labels = torch.tensor([1, 2, 3])
+    logits = torch.randn(3, 40, generator=g, dtype=torch.float64)
+    few = Problem(T=3, D=1, V=30, ignored=0)
+    few.hidden, few.labels = problem.hidden, problem.labels
+    few.weight = problem.weight[:30].clone()
+    problem.weight[30:], logits[:, 30:] = -1e4, -torch.inf
+    head = HeadLoss([Distillation(kind)])
+    ours = run_on_shards(
+        monkeypatch, head, problem, columns, teacher=Teacher(logits=logits)
+    )
+    teacher = Teacher(logits=logits[:, :30])
+    truth = few.run(lambda *args: head(*args, teacher=teacher).loss)
+    torch.testing.assert_close(ours.loss, truth.loss)
+    torch.testing.assert_close(ours.d_weight[:30], truth.d_weight)
+    assert not ours.d_weight[30:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

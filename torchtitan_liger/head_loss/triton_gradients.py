@@ -96,7 +96,8 @@ def gradient_kernel(
             if log_teacher is not None:
                 factor += by_log_teacher * log_q
             if mixture is not None:
-                m_by_p, _ = to_mixture((z - maximum) - tl.log(sumexp), log_q, BETA)
+                log_p = (z - maximum) - tl.log(sumexp)
+                m_by_p, _q_by_m = to_mixture(log_p, log_q, BETA)
                 factor += by_mixture * m_by_p
         grad = product(p, factor)
         if by_teacher is not None:

@@ -24,7 +24,7 @@ COLUMNS = (
 EXPLANATION = """
 Time is the median of {repeats} passes, forward and backward, after {warmup} that do not count;
 the implementations take turns, in a new order each round. On a GPU each pass comes right after
-another one of the same implementation, so that the host is ahead and the clock has settled. The ratio is to the first row for the
+0.3 seconds of the same implementation, so that the host is ahead and the clock has settled. The ratio is to the first row for the
 same sizes and labels. Extra memory is the peak above the inputs, both gradients included, as told by
 {memory}. Errors are relative, in the Frobenius norm, against full logits in float64; in
 parentheses, divided by the error of full logits in plain torch in the inputs' dtype. A loss

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from head_loss_cases import Case, Step
 from head_loss_mixtures import Inputs
 from torch.profiler import ProfilerActivity, profile
 
-SETTLING_SECONDS = 0.3  # a GPU at its power limit lowers its clock over many passes
+SETTLING_SECONDS = 0.3
 
 
 def release(inputs: Inputs) -> None:
@@ -56,7 +57,14 @@ def relative_error(value: torch.Tensor | None, truth: torch.Tensor) -> float:
     return ((value.double() - truth).norm() / truth.norm()).item()
 
 
-def time_once(case: Case, inputs: Inputs) -> float:
+def time_once(
+    case: Case, inputs: Inputs, agreed: Callable[[bool], bool] = bool
+) -> float:
+    """Seconds that a pass takes, forward and backward.
+
+    Args:
+        agreed: turns a process's answer into that of all processes of a run.
+    """
     step = case.prepare(inputs)
     drop_gradients(inputs)
     if not inputs.hidden_TD.is_cuda:
@@ -65,11 +73,7 @@ def time_once(case: Case, inputs: Inputs) -> float:
         return time.perf_counter() - start
     # As in training, the GPU comes from work of the same kind: its clock has settled, and
     # the host is ahead, unless the implementation makes it wait.
-    start = time.perf_counter()
-    while time.perf_counter() - start < SETTLING_SECONDS:
-        step()
-        drop_gradients(inputs)
-        torch.cuda.synchronize()
+    settle(step, inputs, agreed)
     step()
     drop_gradients(inputs)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -78,3 +82,16 @@ def time_once(case: Case, inputs: Inputs) -> float:
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+def settle(step: Step, inputs: Inputs, agreed: Callable[[bool], bool]) -> None:
+    """Passes until a GPU at its power limit has found its clock.
+
+    Each process has a clock of its own, but a pass may wait for the other processes': all
+    have to make as many.
+    """
+    start = time.perf_counter()
+    while agreed(time.perf_counter() - start < SETTLING_SECONDS):
+        step()
+        drop_gradients(inputs)
+        torch.cuda.synchronize()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from head_loss_measure import SETTLING_SECONDS
 from provenance import heading, installed
 
 QUANTITIES = ("loss", "d_hidden", "d_weight")
@@ -24,8 +25,8 @@ COLUMNS = (
 EXPLANATION = """
 Time is the median of {repeats} passes, forward and backward, after {warmup} that do not count;
 the implementations take turns, in a new order each round. On a GPU each pass comes right after
-0.3 seconds of the same implementation, so that the host is ahead and the clock has settled. The ratio is to the first row for the
-same sizes and labels. Extra memory is the peak above the inputs, both gradients included, as told by
+{settling} seconds of the same implementation, so that the host is ahead and the clock has settled.
+The ratio is to the first row for the same sizes and labels. Extra memory is the peak above the inputs, both gradients included, as told by
 {memory}. Errors are relative, in the Frobenius norm, against full logits in float64; in
 parentheses, divided by the error of full logits in plain torch in the inputs' dtype. A loss
 is one number, whose error can be small by chance.
@@ -61,7 +62,10 @@ def write(rows: list[Row], base: str, args: Namespace) -> None:
 
 def explanation(template: str, args: Namespace) -> str:
     text = template.format(
-        repeats=args.repeats, warmup=args.warmup, memory=MEMORY[args.device]
+        repeats=args.repeats,
+        warmup=args.warmup,
+        memory=MEMORY[args.device],
+        settling=SETTLING_SECONDS,
     )
     return textwrap.fill(" ".join(text.split()), width=92)
 

@@ -58,8 +58,9 @@ COLUMNS = (
 EXPLANATION = """
 A rank's time is the median of {repeats} passes, forward and backward, after {warmup} that do
 not count; all ranks begin a pass together, and the losses take turns, in a new order each
-round. The table has the median over the ranks, and in brackets the least and the most. Extra
-memory is the most that a rank takes above its inputs, its gradients included, as told by {memory}.
+round. On a GPU a pass comes right after {settling} seconds of the same loss. The table has the
+median over the ranks, and in brackets the least and the most. Extra memory is the most that a
+rank takes above its inputs, its gradients included, as told by {memory}.
 Collectives are those of the forward pass, by chunk of tokens; the backward pass adds up the
 gradient of the hidden states. Errors are those of the worst rank, relative, in the Frobenius
 norm, against full logits in float64; the gradient of the weight is compared on each rank's
@@ -147,7 +148,7 @@ def measure(
         }
         cases.append(case)
         del truth
-    medians = gathered(take_times(cases, mine, args), group)
+    medians = gathered(take_times(cases, mine, args, group), group)
     for row, *ms in zip(rows, *medians, strict=True):
         row |= {"ms": statistics.median(ms), "ms_min": min(ms), "ms_max": max(ms)}
     return rows
@@ -247,14 +248,20 @@ def gathered(figures: Any, group: dist.ProcessGroup | None) -> list[Any]:
     return everywhere
 
 
-def take_times(cases: list[Case], mine: Inputs, args: Namespace) -> list[float]:
+def take_times(
+    cases: list[Case], mine: Inputs, args: Namespace, group: dist.ProcessGroup | None
+) -> list[float]:
     """This rank's median of each case, in ms; the order is the same on all ranks."""
+
+    def first_ranks(answer: bool) -> bool:
+        return gathered(answer, group)[0]
+
     release(mine)
     seconds: dict[Case, list[float]] = {case: [] for case in cases}
     order = random.Random(args.seed)
     for number in range(args.warmup + args.repeats):
         for case in order.sample(cases, len(cases)):
-            taken = time_once(case, mine)
+            taken = time_once(case, mine, first_ranks)
             seconds[case] += [taken] * (number >= args.warmup)
     return [1e3 * statistics.median(seconds[case]) for case in cases]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,6 +143,27 @@ def test_a_vocabulary_over_two_processes_is_measured_beside_one(
     assert str(tmp_path) not in text
     assert "    torchrun --nproc_per_node 2 scripts/bench_head_loss.py --tp" in text
     assert text.count("| TP |") == 1
+
+
+def test_ranks_whose_clocks_differ_make_as_many_passes(cases, monkeypatch):
+    """A pass has collectives: one more on one rank would wait for ever."""
+    measure = importlib.import_module("head_loss_measure")
+    tp = importlib.import_module("head_loss_tp")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    first_rank = iter([True, True, False])
+    monkeypatch.setattr(tp, "gathered", lambda own, group: [next(first_rank), own])
+    passes = []
+
+    def settled(case, inputs, agreed):
+        measure.settle(lambda: passes.append(case), inputs, agreed)
+        return 1.0
+
+    monkeypatch.setattr(tp, "time_once", settled)
+    monkeypatch.setattr(measure, "SETTLING_SECONDS", 0)  # this rank's clock is over
+    inputs = SimpleNamespace(hidden_TD=torch.zeros(1), weight_VD=torch.zeros(1))
+    args = SimpleNamespace(seed=0, warmup=0, repeats=1)
+    assert tp.take_times(["case"], inputs, args, None) == [1e3]
+    assert passes == ["case"] * 2
 
 
 def test_columns_of_the_ranks_cover_the_vocabulary_once(cases):

@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,6 +98,19 @@ class Problem:
         assert weight.grad is not None
         tensors = (loss.detach(), hidden.grad, weight.grad)
         return Result(*(t.double().cpu() for t in tensors))
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Whatever makes the host wait for the GPU raises."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode calls itself a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def full_logits(options: HeadLossOptions) -> Callable[..., torch.Tensor]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 
-from tests.helpers import Problem, full_logits
+from tests.helpers import Problem, full_logits, waiting_is_an_error
 from torchtitan_liger.head_loss import HeadLoss, HeadLossOptions
 from torchtitan_liger.liger_api import LigerHeadLoss
 
@@ -66,14 +64,8 @@ def test_chunked_does_not_wait_for_the_gpu():
         out.loss.backward()
 
     step()  # warm up
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the mode calls itself a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("head_loss", [HeadLoss, LigerHeadLoss])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.helpers import Problem, relative_error
+from tests.helpers import Problem, relative_error, waiting_is_an_error
 from tests.unit.head_loss.test_terms import (
     EVERYTHING,
     MIXTURE,
@@ -135,14 +134,8 @@ SOME = [("cross entropy",), ("smoothed", "z-loss"), MIXTURE, EVERYTHING]
 def test_nothing_waits_for_the_gpu(names, counted):
     step = Step(names, counted, torch.bfloat16)
     step()  # warm up
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the mode calls itself a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # The leaves were made on another stream than that of the warm-up.

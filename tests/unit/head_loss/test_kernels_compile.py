@@ -25,6 +25,7 @@ from torchtitan_liger.head_loss.statistics import (
 from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
 
 C, V, K = 4, 5000, 2
+KERNELS = [name for name in vars(triton_sweeps) if "_kernel" in name]
 NEEDS = [
     set(),
     {"uniform_ce", "entropy", "p2", "logp_k"},
@@ -54,7 +55,7 @@ def test_every_kernel_compiles():
     )
     assert done.returncode == 0, done.stderr[-4000:]
     counts = dict(line.split() for line in done.stdout.splitlines())
-    assert counts.keys() == {name for name in vars(triton_sweeps) if "_kernel" in name}
+    assert counts.keys() == set(KERNELS)
 
 
 class Compiled:
@@ -100,8 +101,7 @@ POINTERS = {
 
 
 def compile_all() -> None:
-    names = [name for name in vars(triton_sweeps) if "_kernel" in name]
-    for name in names:
+    for name in KERNELS:
         setattr(triton_sweeps, name, Compiled(getattr(triton_sweeps, name)))
     label, candidates = torch.zeros(C).long(), torch.zeros(C, K).long()
     transforms = Transform(), Transform(30.0, 0.7)
@@ -146,7 +146,7 @@ def compile_all() -> None:
     for source, target in itertools.product((torch.float32, torch.bfloat16), repeat=2):
         out = torch.zeros(8, dtype=target)
         triton_sweeps.scale(torch.zeros(8, dtype=source), torch.ones(1), out)
-    for name in names:
+    for name in KERNELS:
         print(name, getattr(triton_sweeps, name).count)
 
 

@@ -11,6 +11,7 @@ from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
 
 C, V, K = 9, 5003, 3  # more columns than one block of the kernels has
 PLAIN = Transform()
+NOTHING = torch.full((C,), -1), torch.full((C, K), -1)  # of what is on another rank
 
 
 @pytest.fixture(params=[sweeps, triton_sweeps], ids=["torch", "triton"])
@@ -110,10 +111,9 @@ def test_a_teacher_may_be_narrower_than_the_student(impl):
 
 def test_what_underflows_has_no_share_in_a_gap_even_if_the_teacher_is_masked(impl):
     z, v, _, _ = draw(torch.float32)
-    nothing = torch.full((C,), -1), torch.full((C, K), -1)
     z[:, : V - 600], v[:, : V - 600] = -200, -torch.inf
-    sums = sums_of(impl, z, v, *nothing)
-    exact = sums_of(sweeps, z[:, -600:], v[:, -600:], *nothing)
+    sums = sums_of(impl, z, v, *NOTHING)
+    exact = sums_of(sweeps, z[:, -600:], v[:, -600:], *NOTHING)
     torch.testing.assert_close(sums["student_gap"], exact["student_gap"])
 
 
@@ -126,11 +126,10 @@ def test_the_mixture_of_unlikely_words_is_finite_and_of_likely_ones_is_exact(
     near = torch.randn(C, V, generator=g)
     near[:, 0] = 20
     for z, v in (wide, (near, near + 1e-3 * torch.randn(C, V, generator=g))):
-        nothing = torch.full((C,), -1), torch.full((C, K), -1)
         shares = []
         for run, dtype in ((impl, torch.float32), (sweeps, torch.float64)):
             z, v = z.to(dtype), v.to(dtype)
-            sums = sums_of(run, z, v, *nothing)
+            sums = sums_of(run, z, v, *NOTHING)
             teacher = TeacherLogits(v, PLAIN)
             shares.append(run.mixture_sweep(z, PLAIN, teacher, sums, beta))
         # Each is a sum of numbers that nearly cancel where student and teacher agree.
@@ -138,11 +137,10 @@ def test_the_mixture_of_unlikely_words_is_finite_and_of_likely_ones_is_exact(
 
 
 def test_a_shard_may_have_no_likely_column_or_none_at_all(impl):
-    _, v, label, candidates = draw()
-    nothing = torch.full_like(label, -1)
+    _, v, _, _ = draw()
     for width in (0, 40):
         empty = torch.full((C, width), -torch.inf, dtype=torch.float64)
-        sums = sums_of(impl, empty, v[:, :width], nothing, candidates.fill_(-1))
+        sums = sums_of(impl, empty, v[:, :width], *NOTHING)
         assert sums["max"].isneginf().all()
         for name in ("sumexp", "label_logit", "shifted_sum", "square_sum"):
             assert not sums[name].any(), name

@@ -223,7 +223,8 @@ class Coefficients(NamedTuple):
     """The gradient by the logit `z_j`, each coefficient [C] or None where it is zero:
 
         p_j (softmax + log_softmax log p_j + log_teacher log q_j
-             + mixture log(m_j / p_j) + square p_j) + teacher q_j + constant + label [j is y] + sum_k candidate_k
+             + mixture log(m_j / p_j) + square p_j)
+        + teacher q_j + constant + label [j is y] + sum_k candidate_k
 
     with p_j = exp(z_j - max) / sumexp, and q_j likewise.
     """

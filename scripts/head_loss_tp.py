@@ -8,7 +8,6 @@ gradient of the hidden states is added up over the processes in the backward pas
 from __future__ import annotations
 
 import csv
-import gc
 import os
 import random
 import statistics
@@ -42,6 +41,7 @@ from head_loss_tables import (
 )
 from provenance import heading
 
+from torchtitan_liger.device import let_gloo_finish
 from torchtitan_liger.head_loss import HeadLoss, Teacher, VocabShard
 from torchtitan_liger.head_loss.vocab_parallel import replicated, shard_of
 
@@ -97,9 +97,8 @@ def process_group(device: str) -> Iterator[dist.ProcessGroup | None]:
     dist.init_process_group(backend, device_id=device_id, timeout=patience)
     yield dist.group.WORLD
     dist.barrier()
-    # gloo's threads must end before the interpreter does: nothing may keep the group.
-    gc.collect()
     dist.destroy_process_group()  # not after an error: others may wait for this rank
+    let_gloo_finish()
 
 
 def columns_of(vocab: int, rank: int, size: int, uneven: bool) -> slice:

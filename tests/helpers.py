@@ -242,13 +242,6 @@ def run_command(
 def run_training(
     *args: str | Path, ngpu: int, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `run_train.sh` on `ngpu` processes.
-
-    Of several gloo processes one was seen to abort while it ended, after its last step and
-    with the fused loss off. That alone is tried once more.
-    """
-    command, env = (ROOT / "run_train.sh", *args), python_env(NGPU=str(ngpu))
-    run = run_command(*command, env=env, cwd=cwd)
-    if ngpu > 1 and run.returncode and "Signal 6 (SIGABRT)" in run.stdout:
-        run = run_command(*command, env=env, cwd=cwd)
-    return run
+    """Run `run_train.sh` on `ngpu` processes."""
+    env = python_env(NGPU=str(ngpu))
+    return run_command(ROOT / "run_train.sh", *args, env=env, cwd=cwd)

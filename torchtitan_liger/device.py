@@ -1,4 +1,4 @@
-"""Lets torchtitan run on a machine without an accelerator.
+"""Lets torchtitan start, measure memory and end on a machine without an accelerator.
 
 torchtitan 0.2.2 takes the device to be CUDA when torch finds none, and asks its device
 module for memory statistics that `torch.cpu` does not have. Both are decided while
@@ -14,6 +14,7 @@ import os
 import platform
 import resource
 import sys
+import time
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -49,6 +50,18 @@ def prepare() -> str:
     ):
         importlib.import_module(TORCHTITAN_UTILS)
     return "cpu"
+
+
+def let_gloo_finish() -> None:
+    """Wait until Gloo's threads have let go of what the last collectives worked on.
+
+    They do so a moment after a collective is done, and need the GIL for it. A thread that
+    asks for the GIL while the interpreter ends aborts the process, so that a finished
+    training counts as a failed one (https://github.com/pytorch/pytorch/issues/190489).
+    Destroying the process groups does not end the threads where a cache of DTensor's
+    still holds a device mesh.
+    """
+    time.sleep(1)
 
 
 class CPUDeviceModule(ModuleType):

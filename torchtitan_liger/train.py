@@ -22,6 +22,7 @@ def main() -> None:
     path, toml = read_toml(sys.argv[1:])
     check_keys(toml, path)
     torchtitan_main(LigerTrainer)
+    device.let_gloo_finish()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard  # isort
 from torchtitan.distributed.context_parallel import (  # isort: skip
     prepare_context_parallel_input,
 )
-from torchtitan_liger import lm_head, preflight  # isort: skip
+from torchtitan_liger import device, lm_head, preflight  # isort: skip
 from torchtitan_liger.trainer import shard_rows  # isort: skip
 from torchtitan_liger.head_loss import (  # isort: skip
     Collision,
@@ -555,6 +555,7 @@ def main() -> None:
                 with open(args.output, "w") as file:
                     json.dump(results, file, indent=1)
     dist.destroy_process_group()
+    device.let_gloo_finish()
 
 
 if __name__ == "__main__":

@@ -453,6 +453,7 @@ def main() -> None:
             with open(args.output, "w") as file:
                 json.dump(rows, file, indent=1)
     dist.destroy_process_group()
+    device.let_gloo_finish()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torchtitan.tools.utils as torchtitan_utils
 
 from tests.conftest import HAS_GPU
+from tests.helpers import ROOT, run_command
 from torchtitan_liger import device
 
 MIB = 2**20
@@ -47,3 +50,28 @@ def test_peak_memory_is_that_of_the_process_since_the_reset():
     module.reset_peak_memory_stats()
     after = module.memory_stats()["reserved_bytes.all.peak"]
     assert after < during - 32 * MIB
+
+
+LATE_THREAD = """
+import sys, threading, time
+sys.argv[1:] = ["--job.config_file=train_configs/debug_model.toml"]
+from torchtitan_liger import device, train
+device.prepare()
+import torchtitan.train
+
+def let_go():
+    time.sleep(0.3)
+    print("let go", flush=True)
+
+def main(trainer_class):
+    threading.Thread(target=let_go, daemon=True).start()
+
+torchtitan.train.main = main
+train.main()
+"""
+
+
+def test_a_thread_that_needs_the_gil_gets_it_before_the_interpreter_ends():
+    run = run_command(sys.executable, "-c", LATE_THREAD, cwd=ROOT)
+    assert run.returncode == 0, run.stdout
+    assert run.stdout.endswith("let go\n")

@@ -28,6 +28,7 @@ from torchtitan_liger.head_loss.statistics import (
     Partials,
     Statistics,
 )
+from torchtitan_liger.head_loss.terms import needs_of
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
@@ -230,7 +231,7 @@ def _at_once(call: HeadCall) -> bool:
         call.shard is None
         and not call.two_phase
         and _slopes_are_constant(call)
-        and AT_ONCE.issuperset(read.union(*(term.needs for term in call.terms)))
+        and AT_ONCE.issuperset(read | needs_of(call.terms))
     )
 
 

@@ -35,6 +35,7 @@ from torchtitan_liger.head_loss.terms import (
     SequenceTerm,
     Term,
     check_terms,
+    needs_of,
     row_inputs_of,
     terms_of,
 )
@@ -101,8 +102,7 @@ class HeadLoss:
         self._metrics = self._recipe.metrics
         inputs = frozenset[str]().union(*(term.inputs for term in self.terms))
         self._inputs = sorted(inputs)
-        needs = frozenset[str]().union(*(term.needs for term in self.terms))
-        self._needs_teacher = bool(OF_TEACHER & needs)
+        self._needs_teacher = bool(OF_TEACHER & needs_of(self.terms))
         self._sequence_terms = [t for t in self.terms if isinstance(t, SequenceTerm)]
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -15,15 +15,20 @@ from torchtitan_liger.head_loss.statistics import (
     Partials,
     Statistics,
 )
-from torchtitan_liger.head_loss.terms import Rows, Sequences, SequenceTerm, Term
+from torchtitan_liger.head_loss.terms import (
+    Rows,
+    Sequences,
+    SequenceTerm,
+    Term,
+    needs_of,
+)
 
 
 class Metrics:
     """What is reported beside the terms."""
 
     def __init__(self, terms: Sequence[Term]) -> None:
-        needs = frozenset[str]().union(*(term.needs for term in terms))
-        self._entropy = "entropy" in needs
+        self._entropy = "entropy" in needs_of(terms)
         own = ["accuracy", "max_prob"] + ["entropy"] * self._entropy
         of_terms = [f"{t.name}/{name}" for t in terms for name in t.metric_names]
         self._order = sorted(own + of_terms, key=is_extreme)  # stable: sums first

@@ -39,7 +39,7 @@ from torchtitan_liger.head_loss.statistics import (
     unpack,
 )
 from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
-from torchtitan_liger.head_loss.terms import Rows, Sequences, Term
+from torchtitan_liger.head_loss.terms import Rows, Sequences, Term, needs_of
 from torchtitan_liger.head_loss.vocab_parallel import VocabShard, add_up, exchange
 
 
@@ -128,8 +128,7 @@ class Passes:
 
         self.valid_N = call.labels_N != options.ignore_index
         self._column_N = local(call.labels_N).masked_fill(~self.valid_N, -1)
-        needs = frozenset[str]().union(*(term.needs for term in call.terms))
-        self._needs = needs
+        self._needs = needs = needs_of(call.terms)
         self._candidates_NK: torch.Tensor | None = None
         if "logp_k" in needs:
             self._candidates_NK = local(call.rows["candidates"]).contiguous()

@@ -283,6 +283,11 @@ def terms_of(options: HeadLossOptions) -> tuple[Term, ...]:
     return tuple(terms)
 
 
+def needs_of(terms: Sequence[Term]) -> frozenset[str]:
+    """The optional statistics that any of the terms reads."""
+    return frozenset[str]().union(*(term.needs for term in terms))
+
+
 def check_terms(terms: Sequence[Term]) -> None:
     """
     Raises:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from head_loss_measure import SETTLING_SECONDS
+from head_loss_measure import PASSES, SETTLING_SECONDS
 from provenance import heading, installed
 
 QUANTITIES = ("loss", "d_hidden", "d_weight")
@@ -24,8 +24,9 @@ COLUMNS = (
 )
 EXPLANATION = """
 Time is the median of {repeats} passes, forward and backward, after {warmup} that do not count;
-the implementations take turns, in a new order each round. On a GPU each pass comes right after
-{settling} seconds of the same implementation, so that the host is ahead and the clock has settled.
+the implementations take turns, in a new order each round. On a GPU a pass is the mean of
+{passes}, right after {settling} seconds of the same implementation: the host is ahead, and the clock
+has settled, as far as one at its power limit does.
 The ratio is to the first row for the same sizes and labels. Extra memory is the peak above the inputs, both gradients included, as told by
 {memory}. Errors are relative, in the Frobenius norm, against full logits in float64; in
 parentheses, divided by the error of full logits in plain torch in the inputs' dtype. A loss
@@ -66,6 +67,7 @@ def explanation(template: str, args: Namespace) -> str:
         warmup=args.warmup,
         memory=MEMORY[args.device],
         settling=SETTLING_SECONDS,
+        passes=PASSES,
     )
     return textwrap.fill(" ".join(text.split()), width=92)
 

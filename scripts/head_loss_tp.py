@@ -58,7 +58,8 @@ COLUMNS = (
 EXPLANATION = """
 A rank's time is the median of {repeats} passes, forward and backward, after {warmup} that do
 not count; all ranks begin a pass together, and the losses take turns, in a new order each
-round. On a GPU a pass comes right after {settling} seconds of the same loss. The table has the
+round. On a GPU a pass is the mean of {passes}, right after {settling} seconds of the same loss. The
+table has the
 median over the ranks, and in brackets the least and the most. Extra memory is the most that a
 rank takes above its inputs, its gradients included, as told by {memory}.
 Collectives are those of the forward pass, by chunk of tokens; the backward pass adds up the

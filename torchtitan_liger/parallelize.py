@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,7 +24,7 @@ from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3.infra.parallelize import disable_fsdp_gradient_division
-from torchtitan.tools.utils import device_type
+from torchtitan.tools.utils import device_module, device_type
 
 from torchtitan_liger.config_validator import resolve
 from torchtitan_liger.lm_head import LMHead
@@ -64,6 +65,21 @@ def parallelize(
     return model
 
 
+def early_gather(model: nn.Module) -> Callable[[], None]:
+    """Call before the decoder; call what it gives right before the head.
+
+    A head that is called after the model is a model of its own to FSDP, which would have
+    its gather wait for all work before it, as for an optimizer's step: the whole decoder.
+    It need wait for no more than the decoder itself did.
+    """
+    if not isinstance(model, FSDPModule) or device_type == "cpu":
+        return lambda: None
+    # The head takes it: it must not be there when an optimizer has made a step.
+    return partial(
+        model.set_post_optim_event, device_module.current_stream().record_event()
+    )
+
+
 def _parallelize_around_head(
     parallelize_decoder: Callable[..., nn.Module],
     model: nn.Module,
@@ -86,6 +102,12 @@ def _parallelize_around_head(
         _shard_data_parallel(
             [embeddings, head] if tied else [head], parallel_dims, job_config
         )
+        # The head's backward pass is too short to gather the last block meanwhile: its
+        # gradients are there already. torchtitan's own has two products.
+        *_, last_block = model.get_submodule("layers").children()
+        policy = job_config.parallelism.fsdp_reshard_after_forward
+        if isinstance(last_block, FSDPModule) and policy == "default":
+            last_block.set_reshard_after_forward(False, recurse=False)
     model.register_module("output", head)
     if tied:
         model.register_module("tok_embeddings", embeddings)

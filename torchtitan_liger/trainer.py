@@ -19,6 +19,7 @@ from torchtitan_liger.head_loss.calls import check_label_range
 from torchtitan_liger.head_loss_plan import NUM_LABELED, TOKEN_WEIGHTS
 from torchtitan_liger.head_loss_report import HeadLossReport
 from torchtitan_liger.lm_head import LMHead
+from torchtitan_liger.parallelize import early_gather
 from torchtitan_liger.preflight import check_head
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -98,11 +99,13 @@ class LigerTrainer(Trainer):
             rows = shard_rows(rows, extra_kwargs["positions"])
             num_labeled = None  # of all ranks' shares
         (model,) = self.model_parts
+        gather_early = early_gather(model)
         with self.train_context():
             with self.maybe_enable_amp:
                 hidden_BLD = model(
                     inputs, **extra_inputs, **extra_kwargs, return_hidden_states=True
                 )
+                gather_early()
                 output = self.lm_head(
                     hidden_BLD,
                     labels,

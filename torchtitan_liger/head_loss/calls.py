@@ -257,16 +257,15 @@ def _inverse(
                 f"{tuple(normalizer.shape)}, requires_grad={normalizer.requires_grad}"
             )
         value = normalizer.reshape(()).to(device, dtype)
-    else:
-        if not (math.isfinite(normalizer) and normalizer >= 0):
-            raise ValueError(
-                f"normalizer must be a finite number, at least 0, got {normalizer}"
-            )
-        value = torch.full((), float(normalizer), dtype=dtype, device=device)
-    usable = (value >= 0) & value.isfinite()
-    return torch.where(
-        value == 0, 1.0, torch.where(usable, value, torch.nan)
-    ).reciprocal()
+        usable = (value >= 0) & value.isfinite()
+        return torch.where(
+            value == 0, 1.0, torch.where(usable, value, torch.nan)
+        ).reciprocal()
+    if not (math.isfinite(normalizer) and normalizer >= 0):
+        raise ValueError(
+            f"normalizer must be a finite number, at least 0, got {normalizer}"
+        )
+    return torch.full((), 1 / (normalizer or 1), dtype=dtype, device=device)
 
 
 def _check_tensors(

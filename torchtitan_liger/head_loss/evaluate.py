@@ -157,7 +157,8 @@ def partials_of(
             others, stats, rows, weight_C, valid_C, sequences
         ).items():
             add(name, grad)
-    partials.setdefault("logp", torch.zeros_like(weight_C))
+    if "logp" not in partials:
+        partials["logp"] = torch.zeros_like(weight_C)
     return Partials(**partials)
 
 

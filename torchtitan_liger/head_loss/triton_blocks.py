@@ -10,27 +10,32 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_logits(
-    pointer,
-    columns,
-    num_columns,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    EVICT: tl.constexpr = None,
+def load_raw(pointer, columns, num_columns):
+    """What the memory has of these columns; -inf beyond the last one."""
+    return tl.load(pointer + columns, mask=columns < num_columns, other=-float("inf"))
+
+
+@triton.jit
+def to_logits(
+    raw, columns, num_columns, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr
 ):
-    """Logits z of these columns; -inf beyond the last one."""
-    inside = columns < num_columns
-    place = pointer + columns
-    if EVICT is None:
-        z = tl.load(place, mask=inside, other=-float("inf"))
-    else:
-        z = tl.load(place, mask=inside, other=-float("inf"), eviction_policy=EVICT)
+    """Logits z of what `load_raw` got."""
+    z = raw
     if z.dtype != tl.float64:
         z = z.to(tl.float32)
     z = transformed(z, SOFTCAP, TEMPERATURE)
     if SOFTCAP > 0:  # tanh has made -inf finite
-        z = tl.where(inside, z, -float("inf"))
+        z = tl.where(columns < num_columns, z, -float("inf"))
     return z
+
+
+@triton.jit
+def load_logits(
+    pointer, columns, num_columns, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr
+):
+    """Logits z of these columns; -inf beyond the last one."""
+    raw = load_raw(pointer, columns, num_columns)
+    return to_logits(raw, columns, num_columns, SOFTCAP, TEMPERATURE)
 
 
 @triton.jit

@@ -1,8 +1,7 @@
 """Triton kernels that leave gradients where the logits were.
 
 The programs of `gradient_kernel` are independent of each other. Where a row's gradient
-needs nothing but the row, `both_kernel` computes the sums as well, and reads the logits
-for the gradient from the cache.
+needs nothing but the row, `both_kernel` computes the sums as well, in one trip to memory.
 """
 
 import triton
@@ -15,9 +14,11 @@ from torchtitan_liger.head_loss.triton_blocks import (
     load_logit,
     load_logits,
     load_optional,
+    load_raw,
     origin_of,
     product,
     store_gradient,
+    to_logits,
     to_mixture,
 )
 
@@ -127,70 +128,181 @@ def both_kernel(
     softmax,
     label,
     constant,
+    logit_sums,
+    words,
+    num_parts,
+    part_columns,
+    MOST_PARTS: tl.constexpr,
     AT_max: tl.constexpr,
     AT_sumexp: tl.constexpr,
     AT_label_logit: tl.constexpr,
-    AT_logit_sum: tl.constexpr,
+    MOST_SUMEXP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
     GRADIENT_BLOCK: tl.constexpr,
 ):
-    """Sums and gradient of what is in `statistics.AT_ONCE`."""
-    row = tl.program_id(0).to(tl.int64)
+    """Sums and gradient of what is in `statistics.AT_ONCE`.
+
+    A row's parts are programs that run side by side, so that a part is in the nearest cache
+    when it is read again: each leaves its maximum and sum in a word and waits for the
+    others' words. A GPU starts programs in their order, and finishes those that do not
+    wait: the parts of a row need no more than room for as many programs.
+    """
+    program = tl.program_id(0)
+    row = (program // num_parts).to(tl.int64)
+    part = program % num_parts
     logits += row * stride
     sums += row
+    begin = part * part_columns
+    end = tl.minimum(begin + part_columns, num_columns)
     dtype: tl.constexpr = sums.dtype.element_ty
-    column = tl.load(label_columns + row)
-    label_logit = load_logit(logits, column, dtype, SOFTCAP, TEMPERATURE)
-    tl.store(sums + AT_label_logit * num_rows, label_logit)
 
-    zeros = tl.zeros([BLOCK], dtype)
-    maximum = zeros - float("inf")
-    origin = maximum
-    sumexp = zeros
-    logit_sum = zeros
+    # Each lane counts exponents from the largest of its first logits, so that all are read
+    # only once.
     tile = tl.arange(0, UNROLL)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    for start in range(0, num_columns, BLOCK * UNROLL):
-        columns = start + tile
-        z = load_logits(
-            logits, columns, num_columns, SOFTCAP, TEMPERATURE, "evict_last"
-        )
-        maximum = tl.maximum(maximum, tl.max(z, axis=0))
-        old = origin
-        origin = origin_of(maximum)
-        base = finite(origin)
-        exp = tl.exp2(bits_above(base[None, :], z))
-        sumexp = sumexp * tl.exp2(old - base) + tl.sum(exp, axis=0)
-        if AT_logit_sum >= 0:
-            logit_sum += tl.sum(tl.where(columns < num_columns, z, 0.0), axis=0)
-    total_max = tl.max(maximum, axis=0)
-    highest = finite(tl.max(origin, axis=0))
-    total_sumexp = tl.sum(sumexp * tl.exp2(origin - highest), axis=0)
-    _, to_max = bits_to(highest, finite(total_max))
-    tl.store(sums + AT_max * num_rows, total_max)
-    tl.store(sums + AT_sumexp * num_rows, total_sumexp * to_max)
-    if AT_logit_sum >= 0:
-        tl.store(sums + AT_logit_sum * num_rows, tl.sum(logit_sum, axis=0))
-
-    tl.debug_barrier()  # all threads have read what is overwritten now
-    factor = tl.load(softmax + row) / total_sumexp
+    raw_tile = load_raw(logits, begin + tile, end)
+    column = tl.load(label_columns + row).to(tl.int32)
+    by_softmax = tl.load(softmax + row)
     by_label = tl.load(label + row)
-    num_blocks = tl.cdiv(num_columns, GRADIENT_BLOCK)
-    for i in range(0, num_blocks):
-        # The columns that were read last are in the nearest cache.
-        first = (num_blocks - 1 - i) * GRADIENT_BLOCK
-        columns = first + tl.arange(0, GRADIENT_BLOCK)
-        z = load_logits(
-            logits, columns, num_columns, SOFTCAP, TEMPERATURE, "evict_first"
+    highest = tl.max(
+        to_logits(raw_tile, begin + tile, end, SOFTCAP, TEMPERATURE), axis=0
+    )
+    # Nothing yet is as if far below: whatever comes will be far above.
+    origin = tl.where(highest == -float("inf"), -1e30, origin_of(highest))
+    maximum, sumexp, logit_sum = _lanes_sums(
+        logits,
+        begin,
+        end,
+        raw_tile,
+        highest,
+        origin,
+        SOFTCAP,
+        TEMPERATURE,
+        BLOCK,
+        UNROLL,
+    )
+    part_max = tl.max(maximum, axis=0)
+    base = finite(origin_of(part_max))
+    # Where another logit is far above it, digits are lost, and at last all of them.
+    if not (tl.max(sumexp, axis=0) < MOST_SUMEXP):
+        origin = tl.zeros_like(origin) + base
+        raw_tile = load_raw(logits, begin + tile, end)
+        maximum, sumexp, logit_sum = _lanes_sums(
+            logits,
+            begin,
+            end,
+            raw_tile,
+            maximum,
+            origin,
+            SOFTCAP,
+            TEMPERATURE,
+            BLOCK,
+            UNROLL,
         )
-        grad = tl.exp2(bits_above(highest, z)) * factor
-        if constant is not None:
-            grad += tl.load(constant + row)
-        if (column >= first) & (column < first + GRADIENT_BLOCK):
-            grad += tl.where(columns == column, by_label, 0.0)
-        store_gradient(logits, columns, num_columns, grad, z, SOFTCAP, TEMPERATURE)
+    here = (column >= begin) & (column < end)
+    label_logit = load_logit(
+        logits, tl.where(here, column, -1), dtype, SOFTCAP, TEMPERATURE
+    )
+    tl.debug_barrier()  # all threads have read what is overwritten below
+    total_max = part_max
+    total_sumexp = _moved(sumexp, origin, base)
+    if words is not None:
+        words += row * num_parts
+        tl.atomic_xchg(words + part, _packed(part_max, total_sumexp), sem="relaxed")
+    if logit_sums is not None:
+        logit_sum = tl.sum(logit_sum, axis=0)
+        tl.store(logit_sums + part * num_rows + row, logit_sum)
+    if here | ((part == 0) & (column < 0)):
+        tl.store(sums + AT_label_logit * num_rows, label_logit)
+    # The columns that were read last are in the nearest cache.
+    num_blocks = tl.cdiv(end - begin, GRADIENT_BLOCK)
+    block = tl.arange(0, GRADIENT_BLOCK)
+    raw = load_raw(logits, begin + (num_blocks - 1) * GRADIENT_BLOCK + block, end)
+    if words is not None:
+        parts = tl.arange(0, MOST_PARTS)
+        theirs = tl.load(words + parts, parts < num_parts, other=-1, volatile=True)
+        while tl.min((theirs != 0).to(tl.int32), axis=0) == 0:
+            theirs = tl.load(words + parts, parts < num_parts, other=-1, volatile=True)
+        maxima, sumexps = _unpacked(theirs)
+        maxima = tl.where(parts < num_parts, maxima, -float("inf"))
+        sumexps = tl.where(parts < num_parts, sumexps, 0.0)
+        total_max = tl.max(maxima, axis=0)
+        base = finite(origin_of(total_max))
+        total_sumexp = _moved(sumexps, finite(origin_of(maxima)), base)
+    if part == 0:
+        _, to_max = bits_to(base, finite(total_max))
+        tl.store(sums + AT_max * num_rows, total_max)
+        tl.store(sums + AT_sumexp * num_rows, total_sumexp * to_max)
+
+    factor = by_softmax / total_sumexp
+    by_constant = load_optional(constant, row)
+    for i in range(0, num_blocks):
+        columns = begin + (num_blocks - 1 - i) * GRADIENT_BLOCK + block
+        z = to_logits(raw, columns, end, SOFTCAP, TEMPERATURE)
+        before = columns - GRADIENT_BLOCK
+        raw = tl.load(logits + before, mask=before >= begin, other=0.0)
+        grad = tl.exp2(bits_above(base, z)) * factor + by_constant
+        store_gradient(logits, columns, end, grad, z, SOFTCAP, TEMPERATURE)
+    if here:
+        tl.debug_barrier()  # the label's comes last
+        by_one = (
+            tl.exp2(bits_above(base, label_logit)) * factor + by_constant + by_label
+        )
+        store_gradient(logits, column, end, by_one, label_logit, SOFTCAP, TEMPERATURE)
+
+
+@triton.jit
+def _lanes_sums(
+    logits,
+    begin,
+    end,
+    raw,
+    highest,
+    origin,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Each lane's maximum, sum of exponentials above its origin, and sum of logits."""
+    maximum = highest
+    sumexp = tl.zeros_like(origin)
+    logit_sum = sumexp
+    tile = tl.arange(0, UNROLL)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    for start in range(begin, end, BLOCK * UNROLL):
+        columns = start + tile
+        z = to_logits(raw, columns, end, SOFTCAP, TEMPERATURE)
+        maximum = tl.maximum(maximum, tl.max(z, axis=0))
+        sumexp += tl.sum(tl.exp2(bits_above(origin[None, :], z)), axis=0)
+        logit_sum += tl.sum(tl.where(columns < end, z, 0.0), axis=0)
+        raw = load_raw(
+            logits, columns + BLOCK * UNROLL, end
+        )  # on its way while others compute
+    return maximum, sumexp, logit_sum
+
+
+@triton.jit
+def _moved(sumexps, origins, base):
+    """The sum of exponentials above one origin. Nothing has no share, wherever it was."""
+    return tl.sum(
+        tl.where(sumexps == 0, 0.0, sumexps * tl.exp2(origins - base)), axis=0
+    )
+
+
+@triton.jit
+def _packed(maximum, sumexp):
+    """Two float32 in a word that is never zero: the sum is zero only beside -inf."""
+    high = maximum.to(tl.int32, bitcast=True).to(tl.int64) << 32
+    low = sumexp.to(tl.int32, bitcast=True).to(tl.int64)
+    return high | (low & 0x7FFFFFFF)  # the sum has no sign, unless it is NaN
+
+
+@triton.jit
+def _unpacked(word):
+    maximum = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return maximum, word.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -67,7 +67,9 @@ class Compiled:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self.compile
 
-    def compile(self, *args: Any, num_warps: int, **kwargs: Any) -> None:
+    def compile(
+        self, *args: Any, num_warps: int, maxnreg: int | None = None, **kwargs: Any
+    ) -> None:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -86,7 +88,7 @@ class Compiled:
         triton.compile(
             ASTSource(self.kernel, signature, constants, {}),
             target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": num_warps},
+            options={"num_warps": num_warps, "maxnreg": maxnreg},
         )
         self.count += 1
 
@@ -137,7 +139,10 @@ def compile_all() -> None:
                 teacher=teacher,
                 jsd_beta=0.3,
             )
-        for constant in (None, row):
+        for constant, part_columns in itertools.product((None, row), (V, 1024)):
+            if dtype == torch.float64 and part_columns < V:
+                continue  # a word has room for two float32
+            triton_sweeps._part_columns = lambda *_, n=part_columns: n
             by = Coefficients(row, row, row, row, constant=constant)
             some = {name: sums[name] for name in ("max", "sumexp", "label_logit")}
             if constant is not None:

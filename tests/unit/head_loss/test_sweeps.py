@@ -11,6 +11,11 @@ from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
 
 C, V, K = 9, 5003, 3  # more columns than one block of the kernels has
 PLAIN = Transform()
+pytestmark = [
+    # How `both_kernel` sees that it has to count exponents from elsewhere.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice encountered"),
+]
 NOTHING = torch.full((C,), -1), torch.full((C, K), -1)  # of what is on another rank
 
 
@@ -228,6 +233,48 @@ def test_both_sweeps_at_once_are_one_after_the_other(
         results.append([u, *sums.values()])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("smoothed", [True, False])
+@pytest.mark.parametrize("num_columns", [1, 40, V, 33_001])
+def test_both_sweeps_of_logits_in_16_bits(impl, smoothed, num_columns):
+    """Where a row's first logits say nothing of the others, or are not there."""
+    g = torch.Generator().manual_seed(0)
+    z = (3 * torch.randn(C, num_columns, generator=g)).bfloat16()
+    late = max(0, num_columns - 600)
+    z[3, late:] += 40  # still within the exponents that are kept
+    z[4, late:] += 1e4
+    z[5] -= 1e4
+    z[5, late:] = 10
+    z[6, :late] = -torch.inf
+    z[7] = -1e4
+    z[8, 0] = torch.nan
+    label = torch.randint(num_columns, (C,), generator=g)
+    label[2] = -1  # ignored
+    names = ("max", "sumexp", "label_logit", "logit_sum")[: 3 + smoothed]
+    softmax, by_label, constant = torch.randn(3, C, generator=g)
+    results = []
+    for run, dtype in ((impl, torch.float32), (sweeps, torch.float64)):
+        u = z.clone() if dtype == torch.float32 else z.double()
+        sums = unpack(names, torch.empty(len(names), C, dtype=dtype))
+        by = Coefficients(
+            sums["max"], sums["sumexp"], softmax.to(dtype), by_label.to(dtype)
+        )
+        if smoothed:
+            by = by._replace(constant=constant.to(dtype))
+        run.both_sweeps(u, label, PLAIN, sums, by)
+        results.append((u, sums))
+    (got, got_sums), (expected, expected_sums) = results
+    for name in names:
+        torch.testing.assert_close(
+            got_sums[name][:8].double(), expected_sums[name][:8],
+            rtol=5e-6, atol=1e-6, msg=name,
+        )  # fmt: skip
+    assert got_sums["sumexp"][8].isnan()
+    # The interpreter cuts off what a GPU rounds.
+    torch.testing.assert_close(
+        got.double(), expected, rtol=2**-7, atol=1e-6, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,61 @@
+"""A row's parts, which run side by side and wait for each other on a GPU only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchtitan_liger.head_loss import sweeps, triton_sweeps
+from torchtitan_liger.head_loss.statistics import Coefficients, unpack
+from torchtitan_liger.head_loss.sweeps import Transform
+
+pytestmark = pytest.mark.gpu
+
+C, V = 3000, 9003
+
+
+@pytest.mark.parametrize("smoothed", [True, False])
+@pytest.mark.parametrize("transform", [Transform(), Transform(30.0, 0.7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("num_parts", [2, 9, 33])
+def test_a_row_in_parts_is_a_row(monkeypatch, dtype, transform, smoothed, num_parts):
+    monkeypatch.setattr(triton_sweeps, "BOTH_COLUMNS", -(-V // num_parts))
+    g = torch.Generator("cuda").manual_seed(0)
+    z = (3 * torch.randn(C, V, generator=g, device="cuda")).to(dtype)
+    z[4::50, V - 600 :] += 1e3
+    z[5::50] -= 1e3
+    z[6::50, : V - 600] = -torch.inf  # whole parts without a share
+    z[7::50, 0] = torch.nan
+    finite = (torch.arange(C, device="cuda") % 50) != 7
+    label = torch.randint(V, (C,), generator=g, device="cuda")
+    label[2::50] = -1  # ignored
+    names = ("max", "sumexp", "label_logit", "logit_sum")[: 3 + smoothed]
+    softmax, by_label, constant = torch.randn(3, C, generator=g, device="cuda")
+
+    def both(run, wide):
+        u = z.clone() if wide == torch.float32 else z.double()
+        sums = unpack(names, torch.empty(len(names), C, dtype=wide, device="cuda"))
+        by = Coefficients(
+            sums["max"], sums["sumexp"], softmax.to(wide), by_label.to(wide)
+        )
+        if smoothed:
+            by = by._replace(constant=constant.to(wide))
+        run.both_sweeps(u, label, transform, sums, by)
+        return u, sums
+
+    got, sums = both(triton_sweeps, torch.float32)
+    expected, exact = both(sweeps, torch.float64)
+    for name in names:
+        # Logits of both signs nearly cancel.
+        atol = 1e-2 if name == "logit_sum" else 1e-5
+        torch.testing.assert_close(
+            sums[name][finite].double(), exact[name][finite], rtol=1e-5, atol=atol
+        )
+    bound = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        got.double(), expected, rtol=bound, atol=1e-5, equal_nan=True
+    )
+    for _ in range(5):  # whichever part is first
+        again, same = both(triton_sweeps, torch.float32)
+        assert torch.equal(again[finite], got[finite])
+        assert all(torch.equal(same[n][finite], sums[n][finite]) for n in names)

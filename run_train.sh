@@ -77,6 +77,7 @@ if [ -z "$custom_named" ] && ! grep -qE "$named_in_toml" "$config"; then
     options+=(--job.custom_config_module=torchtitan_liger.job_config)
 fi
 
+export LAUNCHER=$0 # what the program calls itself in its help
 if [ -n "$help" ]; then
     exec "$PYTHON" -m "$module" ${options[@]+"${options[@]}"} "$@"
 fi

@@ -55,6 +55,16 @@ def prepare_argv(argv: Sequence[str]) -> list[str]:
     return prepared
 
 
+def name_config_module(argv: Sequence[str]) -> list[str]:
+    """Add ours, unless the arguments or the TOML name a `job.custom_config_module`."""
+    option = re.compile(r"--job\.custom[_-]config[_-]module(=|$)")
+    if any(option.match(argument) for argument in argv):
+        return list(argv)
+    if _get(read_toml(argv)[1], "job", "custom_config_module"):
+        return list(argv)
+    return ["--job.custom_config_module=torchtitan_liger.job_config", *argv]
+
+
 def read_toml(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The config file named in `argv` and what it holds; empty without one.
 

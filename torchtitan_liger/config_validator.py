@@ -276,7 +276,7 @@ def resolve(job: JobConfig, environment: Environment | None = None) -> HeadLossP
         if _listed(job):
             raise ValueError(
                 f"{_listed(job)}, which torchtitan's own loss would ignore: turn the "
-                f"fused loss on (--{FLAG}), or leave [head_loss] out"
+                f"fused loss on (--{FLAG}), or leave this out"
             )
         return plan
     environment = environment or this_environment()

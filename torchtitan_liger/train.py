@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from torchtitan_liger import device
-from torchtitan_liger.cli import prepare_argv, read_toml
+from torchtitan_liger.cli import name_config_module, prepare_argv, read_toml
 
 
 def main() -> None:
     """Train the job that the command line describes."""
     # torchtitan's parser reads the command line while it is imported.
-    sys.argv[1:] = prepare_argv(sys.argv[1:])
+    sys.argv[1:] = prepare_argv(name_config_module(sys.argv[1:]))
+    # What it tells the user to call for help.
+    sys.argv[0] = os.environ.get("LAUNCHER", "python -m torchtitan_liger.train")
     device.prepare()
 
     from torchtitan.train import main as torchtitan_main

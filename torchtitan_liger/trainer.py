@@ -193,6 +193,9 @@ class LigerTrainer(Trainer):
         num_tokens = training.local_batch_size * training.seq_len // parallel.cp
         head = self.lm_head
         assert head.head_loss is not None
+        if head.head_loss.impl == "reference":
+            logger.info("The LM head holds all logits at one time (reference)")
+            return
         dtype = torch.bfloat16 if training.mixed_precision_param == "bfloat16" else None
         plan = head.head_loss.plan(
             num_tokens,

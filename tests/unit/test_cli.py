@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from torchtitan_liger.cli import PACKAGE_PARENT, prepare_argv, read_toml
+from torchtitan_liger.cli import (
+    PACKAGE_PARENT,
+    name_config_module,
+    prepare_argv,
+    read_toml,
+)
 
 FLAG = "--liger_kernel.enable_fused_linear_cross_entropy"
 OFF = "--liger_kernel.no-enable_fused_linear_cross_entropy"
@@ -65,6 +70,24 @@ def test_other_assets_are_left_alone(tmp_path):
     config.write_text('[model]\nhf_assets_path = "assets/hf/Llama-3.1-8B"\n')
     argv = [f"--job.config-file={config}"]
     assert prepare_argv(argv) == argv
+
+
+@pytest.mark.parametrize("key", ["custom_config_module", "custom-config-module"])
+def test_a_config_module_of_the_users_own_wins(tmp_path, key):
+    for argv in ([f"--job.{key}=mine"], [f"--job.{key}", "mine"]):
+        assert name_config_module(argv) == argv
+    config = tmp_path / "c.toml"
+    config.write_text('[job]\ncustom_config_module = "mine"\n')
+    argv = [f"--job.config_file={config}"]
+    assert name_config_module(argv) == argv
+
+
+def test_a_toml_of_torchtitans_knows_our_sections(tmp_path):
+    config = tmp_path / "c.toml"
+    config.write_text('[job]\ndescription = "custom_config_module"\n')
+    argv = [f"--job.config_file={config}", FLAG]
+    ours = "--job.custom_config_module=torchtitan_liger.job_config"
+    assert name_config_module(argv) == [ours, *argv]
 
 
 def test_a_config_that_cannot_be_read_is_left_to_torchtitan(tmp_path):

@@ -173,5 +173,8 @@ def test_what_sharded_vocabularies_gain_and_lose_is_measured():
         if row["mixture"] == "cross entropy"
     }
     assert f"{ratios[2]:.2f} and {ratios[4]:.2f} of the time of one" in README
+    text = " ".join(README.split())
     worst = max(float(row["d_hidden_error_ratio"]) for row in rows)
-    assert f"up to {worst:.1f} times the rounding error" in " ".join(README.split())
+    assert f"up to {worst:.1f} times the rounding error" in text
+    worst = max(float(row["d_weight_error_ratio"]) for row in rows)
+    assert f"So has, up to {worst:.1f} times, the worst rank's part" in text

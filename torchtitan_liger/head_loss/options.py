@@ -67,7 +67,7 @@ class HeadLossOptions:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.acc_dtype not in ACC_DTYPES:
             raise ValueError(
-                f"acc_dtype must be one of {ACC_DTYPES}, got {self.acc_dtype}"
+                f"acc_dtype must be one of {ACC_DTYPES}, got {self.acc_dtype!r}"
             )
         if type(self.logits_memory_mib) is not int or self.logits_memory_mib < 0:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -48,7 +49,8 @@ class Result:
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     norm = truth.norm().item()
-    return ((value - truth).norm().item() / norm) if norm else value.norm().item()
+    error = ((value - truth).norm().item() / norm) if norm else value.norm().item()
+    return math.inf if math.isnan(error) else error  # `max` may pass over a NaN
 
 
 @dataclass

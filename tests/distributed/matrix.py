@@ -15,6 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 import re
 import tempfile
@@ -202,7 +203,8 @@ class Step(NamedTuple):
 
 def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
     value, truth = value.double().cpu(), truth.double().cpu()
-    return ((value - truth).norm() / truth.norm().clamp(min=1e-300)).item()
+    error = ((value - truth).norm() / truth.norm().clamp(min=1e-300)).item()
+    return math.inf if math.isnan(error) else error  # `max` may pass over a NaN
 
 
 def sequences(vocab_size: int, groups: int, silent_rank: bool) -> torch.Tensor:

@@ -104,13 +104,14 @@ class ChunkedTokenLosses(torch.autograd.Function):
                 call.terms, statistics, call.rows, ones_N, passes.valid_N
             )
         ctx.call, ctx.softmax, ctx.partials = call, softmax, partials
-        ctx.save_for_backward(hidden_TD, weight_vD)
+        # What the logits are computed from once more may not change until then.
+        ctx.save_for_backward(hidden_TD, weight_vD, *call.read_again())
         return values.by_row * call.scale
 
     @staticmethod
     @without_second_derivative
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_TD, weight_vD = ctx.saved_tensors
+        hidden_TD, weight_vD, *_ = ctx.saved_tensors
         call = ctx.call
         need_d_hidden, need_d_weight, _ = ctx.needs_input_grad
         by_N = grad_N.to(call.scale.dtype) * call.scale
@@ -122,6 +123,7 @@ class ChunkedTokenLosses(torch.autograd.Function):
                 need_d_hidden=need_d_hidden,
                 need_d_weight=need_d_weight,
             )
+            by_N = torch.where(passes.valid_N, by_N, 0.0)  # NaN times 0 is not 0
             _second_phase(passes, ctx.softmax, ctx.partials.times(by_N))
         grads = (
             None if grad is None else grad.to(x.dtype)

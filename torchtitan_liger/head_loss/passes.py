@@ -67,6 +67,15 @@ class HeadCall(NamedTuple):
         step, num_tokens = self.tokens_per_chunk, len(self.labels_N)
         return [slice(i, i + step) for i in range(0, max(1, num_tokens), step)]
 
+    def read_again(self) -> list[torch.Tensor]:
+        """The caller's tensors that a second phase reads."""
+        teacher = self.teacher
+        of_teacher = (
+            () if teacher is None else (teacher.logits, teacher.hidden, teacher.weight)
+        )
+        tensors = *of_teacher, self.rows.get("candidates")
+        return [x for x in tensors if x is not None]
+
 
 class Chunk(NamedTuple):
     """A chunk whose logits are in one of the buffers."""

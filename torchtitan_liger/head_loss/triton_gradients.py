@@ -137,6 +137,7 @@ def both_kernel(
     AT_sumexp: tl.constexpr,
     AT_label_logit: tl.constexpr,
     MOST_SUMEXP: tl.constexpr,
+    MOST_SUMEXP_IF_SURE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -185,8 +186,12 @@ def both_kernel(
     )
     part_max = tl.max(maximum, axis=0)
     base = finite(origin_of(part_max))
-    # Where another logit is far above it, digits are lost, and at last all of them.
-    if not (tl.max(sumexp, axis=0) < MOST_SUMEXP):
+    total_sumexp = _moved(sumexp, origin, base)
+    # Where another logit is far above it, digits are lost, and at last all of them. Where
+    # one logit has most of the sum, none may be: what is left of its probability counts.
+    sure = total_sumexp < 2 * tl.exp2(bits_above(base, part_max))
+    most = tl.where(sure, MOST_SUMEXP_IF_SURE, MOST_SUMEXP)
+    if not ((tl.max(sumexp, axis=0) < most) & (total_sumexp < float("inf"))):
         origin = tl.zeros_like(origin) + base
         raw_tile = load_raw(logits, begin + tile, end)
         maximum, sumexp, logit_sum = _lanes_sums(
@@ -201,13 +206,13 @@ def both_kernel(
             BLOCK,
             UNROLL,
         )
+        total_sumexp = _moved(sumexp, origin, base)
     here = (column >= begin) & (column < end)
     label_logit = load_logit(
         logits, tl.where(here, column, -1), dtype, SOFTCAP, TEMPERATURE
     )
     tl.debug_barrier()  # all threads have read what is overwritten below
     total_max = part_max
-    total_sumexp = _moved(sumexp, origin, base)
     if words is not None:
         words += row * num_parts
         tl.atomic_xchg(words + part, _packed(part_max, total_sumexp), sem="relaxed")

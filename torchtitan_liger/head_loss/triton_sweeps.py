@@ -28,8 +28,10 @@ GRADIENT_BLOCK, GRADIENT_BLOCKS, GRADIENT_WARPS = 1024, 16, 4  # 534 (769) us
 BOTH_COLUMNS, BOTH_BLOCK, BOTH_UNROLL, BOTH_GRADIENT_BLOCK = 8192, 512, 4, 2048
 BOTH_WARPS, BOTH_REGISTERS = 2, 72  # so that 14 parts share a multiprocessor; 600 us
 # Of sums whose exponents go up to 64 bits, which leaves them an error of 3e-6: far below
-# that of logits in 16 bits. Other logits are read twice, to be exact.
-MOST_SUMEXP = 2.0**64
+# that of logits in 16 bits. Where one logit has most of a sum, 1 - p tells more than that:
+# up to 2 bits, which leave no more error than the sum has anyway. Other logits are read
+# twice, to be exact.
+MOST_SUMEXP, MOST_SUMEXP_IF_SURE = 2.0**64, 4.0
 SCALE_BLOCK, SCALE_BLOCKS = 2048, 16
 
 
@@ -106,6 +108,9 @@ def both_sweeps(
         MOST_PARTS=1 << (num_parts - 1).bit_length(),
         **_places(sums, ("max", "sumexp", "label_logit")),
         MOST_SUMEXP=MOST_SUMEXP if logits_Cv.dtype.itemsize == 2 else 0.0,
+        MOST_SUMEXP_IF_SURE=(
+            MOST_SUMEXP_IF_SURE if logits_Cv.dtype.itemsize == 2 else 0.0
+        ),
         SOFTCAP=transform.softcap,
         TEMPERATURE=transform.temperature,
         BLOCK=block,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -302,7 +303,28 @@ STUDENT = HeadLoss([CrossEntropy(), Distillation("reverse_kl")])
 
 
 # torch 2.13 looks, itself, for the gradient of what enters the second graph
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+SECOND_GRAPH = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)
+
+
+@SECOND_GRAPH
+def test_nan_from_above_an_ignored_token_goes_nowhere():
+    b = batch()
+    leaves = b.hidden, b.weight
+    upstream = torch.ones_like(b.labels, dtype=b.hidden.dtype)
+    upstream[b.labels == -100] = torch.nan
+    assert upstream.isnan().any()
+    loss_of = partial(linear_cross_entropy, reduction="none")
+    grads = [
+        torch.autograd.grad(run(*leaves, b.labels), leaves, upstream)
+        for run in (torch.compile(loss_of, backend="aot_eager"), loss_of)
+    ]
+    for ours, truth in zip(*grads, strict=True):
+        assert relative_error(ours, truth) < 1e-12
+
+
+@SECOND_GRAPH
 @pytest.mark.parametrize("loss_of", [losses_of_tokens, sequence_loss, distilled])
 def test_what_breaks_the_graph_is_still_right(loss_of, chunks):
     def around(b: Batch) -> torch.Tensor:

@@ -277,6 +277,35 @@ def test_both_sweeps_of_logits_in_16_bits(impl, smoothed, num_columns):
     )
 
 
+@pytest.mark.parametrize("peak", range(10, 41, 3))
+def test_what_a_sure_row_leaves_to_the_others_is_exact(impl, peak):
+    """In 16 bits as well: 1 - p is all that such a token's gradient is."""
+    z = torch.zeros(1, V, dtype=torch.bfloat16)
+    z[0, 3000] = peak  # not among the first logits, from which exponents are counted
+    sums = unpack(("max", "sumexp", "label_logit"), torch.empty(3, 1))
+    by = Coefficients(sums["max"], sums["sumexp"], *torch.zeros(2, 1))
+    exact = (z.double() - peak).exp().sum(1)
+    impl.both_sweeps(z, torch.tensor([3000]), PLAIN, sums, by)
+    torch.testing.assert_close(sums["sumexp"].double(), exact, rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize("softcap", [2.0, 30.0, 1000.0])
+def test_a_softcap_in_float32_is_exact(impl, softcap):
+    u = torch.logspace(-6, 1, V)[None] * torch.tensor([[1.0], [-1.0]])
+    label = torch.tensor([V // 2, V // 3])
+    transform = Transform(softcap, 1.0)
+    gradients = []
+    for run, logits in ((impl, u.clone()), (sweeps, u.double())):
+        sums = sums_of(run, logits, logits.clone(), label, label[:, None], transform)
+        ones = torch.ones_like(sums["max"])
+        by = Coefficients(sums["max"], sums["sumexp"], ones, -ones)
+        run.gradient_sweep(logits, label, transform, by)
+        gradients.append((sums["label_logit"], logits))
+    for got, exact in zip(*gradients, strict=True):
+        # What is left of a float32 where tanh is close to 1, 1 - tanh^2 has lost.
+        torch.testing.assert_close(got.double(), exact, rtol=3e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_both_round_once_to_the_dtype_of_the_logits(dtype):
     """To the last bit or its neighbour, where float64 says what is right."""

@@ -504,6 +504,27 @@ def test_losses_per_token_have_exact_gradients(settings, chunks):
     assert max(ours.errors(truth).values()) < 1e-12
 
 
+@pytest.mark.parametrize("what", ["teacher", "candidates"])
+def test_what_a_second_phase_reads_may_not_change_before(what):
+    """Autograd knows of hidden states and weight; of the others it has to be told."""
+    problem = Problem(T=8, D=16, V=101, ignored=0)
+    changed = {
+        "teacher": torch.randn(8, 101).double(),
+        "candidates": torch.randint(101, (8, 2)),
+    }
+    head_loss = HeadLoss([CrossEntropy(), Distillation(), Unlikelihood()])
+    hidden = problem.hidden.clone().requires_grad_()
+    losses = head_loss(
+        *(hidden, problem.weight, problem.labels),
+        teacher=Teacher(logits=changed["teacher"]),
+        candidates=changed["candidates"],
+        reduction="none",
+    ).loss
+    changed[what].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.sum().backward()
+
+
 def test_focal_has_no_nan_where_the_label_is_certain():
     for gamma in (0.5, 1.0, 2.0):
         hidden = torch.tensor([[200.0, 0.0]], requires_grad=True)

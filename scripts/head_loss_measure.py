@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import math
 import os
 import tempfile
 import time
@@ -55,7 +56,8 @@ def peak_memory(step: Step, device: torch.device) -> tuple[int, torch.Tensor | N
 
 def relative_error(value: torch.Tensor | None, truth: torch.Tensor) -> float:
     assert value is not None, "no gradient"
-    return ((value.double() - truth).norm() / truth.norm()).item()
+    error = ((value.double() - truth).norm() / truth.norm()).item()
+    return math.inf if math.isnan(error) else error  # `max` may pass over a NaN
 
 
 def time_once(

@@ -41,15 +41,17 @@ def first_table() -> list[list[str]]:
 HEADER, *ROWS = first_table()
 
 
+def runs(name: str) -> list[dict[str, str]]:
+    with open(ROOT / f"benchmarks/{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def measured(**wanted: str) -> dict[str, str]:
     """The one run with all of these, in the files that the README names."""
-    rows = []
-    for name in FILES:
-        with open(ROOT / "benchmarks" / f"{name}.csv", newline="") as file:
-            rows += csv.DictReader(file)
     found = [
         row
-        for row in rows
+        for name in FILES
+        for row in runs(name)
         if wanted.items() <= row.items()
         # Neither a layout of its own nor a trial of a search.
         and not row.get("layout")
@@ -106,8 +108,7 @@ def shown(value: str, decimals: int) -> str:
 
 
 def test_the_heads_figures_are_those_of_its_file():
-    with open(ROOT / "benchmarks/head_loss_h200_202611.csv", newline="") as file:
-        rows = {row["implementation"]: row for row in csv.DictReader(file)}
+    rows = {row["implementation"]: row for row in runs("head_loss_h200_202611")}
     table = table_after("The head alone")
     assert len(table) > 5
     for name, *cells in table:
@@ -115,11 +116,6 @@ def test_the_heads_figures_are_those_of_its_file():
         gib = str(float(row["extra_bytes"]) / 2**30) if row["extra_bytes"] else ""
         expected = [shown(row["ms"], 1), shown(row["ratio"], 3), shown(gib, 2)]
         assert cells == [*expected, shown(row["d_weight_error_ratio"], 2)], name
-
-
-def runs(name: str) -> list[dict[str, str]]:
-    with open(ROOT / f"benchmarks/{name}.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_the_figures_of_the_8b_model_are_those_of_its_file():

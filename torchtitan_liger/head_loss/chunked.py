@@ -114,7 +114,6 @@ class ChunkedTokenLosses(torch.autograd.Function):
         hidden_TD, weight_vD, *_ = ctx.saved_tensors
         call = ctx.call
         need_d_hidden, need_d_weight, _ = ctx.needs_input_grad
-        by_N = grad_N.to(call.scale.dtype) * call.scale
         with torch.autocast(hidden_TD.device.type, enabled=False):
             passes = Passes(
                 hidden_TD,
@@ -123,6 +122,7 @@ class ChunkedTokenLosses(torch.autograd.Function):
                 need_d_hidden=need_d_hidden,
                 need_d_weight=need_d_weight,
             )
+            by_N = grad_N.to(call.scale.dtype) * call.scale
             by_N = torch.where(passes.valid_N, by_N, 0.0)  # NaN times 0 is not 0
             _second_phase(passes, ctx.softmax, ctx.partials.times(by_N))
         grads = (

@@ -90,6 +90,7 @@ def both_sweeps(
     if logit_sums_PC is None and torch.version.hip is None:
         limits["maxnreg"] = BOTH_REGISTERS
     block = _block(BOTH_BLOCK, num_columns)
+    most_sumexp = MOST_SUMEXP if logits_Cv.dtype.itemsize == 2 else 0.0
     by = coefficients
     both_kernel[(num_rows * num_parts,)](
         logits_Cv,
@@ -107,10 +108,8 @@ def both_sweeps(
         part_columns,
         MOST_PARTS=1 << (num_parts - 1).bit_length(),
         **_places(sums, ("max", "sumexp", "label_logit")),
-        MOST_SUMEXP=MOST_SUMEXP if logits_Cv.dtype.itemsize == 2 else 0.0,
-        MOST_SUMEXP_IF_SURE=(
-            MOST_SUMEXP_IF_SURE if logits_Cv.dtype.itemsize == 2 else 0.0
-        ),
+        MOST_SUMEXP=most_sumexp,
+        MOST_SUMEXP_IF_SURE=min(most_sumexp, MOST_SUMEXP_IF_SURE),
         SOFTCAP=transform.softcap,
         TEMPERATURE=transform.temperature,
         BLOCK=block,

@@ -8,6 +8,7 @@ gradient of the hidden states is added up over the processes in the backward pas
 from __future__ import annotations
 
 import csv
+import math
 import os
 import random
 import statistics
@@ -63,9 +64,10 @@ table has the
 median over the ranks, and in brackets the least and the most. Extra memory is the most that a
 rank takes above its inputs, its gradients included, as told by {memory}.
 Collectives are those of the forward pass, by chunk of tokens; the backward pass adds up the
-gradient of the hidden states. Errors are those of the worst rank, relative, in the Frobenius
-norm, against full logits in float64; the gradient of the weight is compared on each rank's
-own rows. In parentheses: divided by the figure with TP 1, in the time's case as well.
+gradient of the hidden states. Errors are relative, in the Frobenius norm, against full
+logits in float64: those of the worst rank, but for the gradient of the weight, whose rows on
+all ranks are one matrix. In parentheses: divided by the figure with TP 1, in the time's case
+as well.
 """
 
 
@@ -134,18 +136,9 @@ def measure(
         truth = true_gradients(mixture, whole)
         truth["d_weight"] = truth["d_weight"][columns].clone()
         case = sharded_case(mixture, shard)
-        figures = examine(case, mine, truth, shard)
-        everywhere = gathered(figures, group)
-        extra_bytes = [each["extra_bytes"] for each in everywhere]
-        rows.append(dict.fromkeys(COLUMNS) | shape | {"mixture": mixture.name})
-        rows[-1] |= figures | {
-            f"{q}_error": max(each[f"{q}_error"] for each in everywhere)
-            for q in QUANTITIES
-        }
-        rows[-1] |= {
-            "extra_bytes": max(extra_bytes),
-            "extra_bytes_min": min(extra_bytes),
-        }
+        figures = gathered(examine(case, mine, truth, shard), group)
+        row = dict.fromkeys(COLUMNS) | shape | {"mixture": mixture.name}
+        rows.append(row | together(figures))
         cases.append(case)
         del truth
     medians = gathered(take_times(cases, mine, args, group), group)
@@ -214,7 +207,22 @@ def examine(
         "collectives_per_chunk": forward / plan.num_chunks,
         "collectives_backward": backward,
         "extra_bytes": extra_bytes,
+        "d_weight_norm": truth["d_weight"].norm().item(),
     } | {f"{name}_error": relative_error(x, truth[name]) for name, x in values}
+
+
+def together(figures: list[Row]) -> Row:
+    """What all ranks have found out, in one row."""
+    norms = [each.pop("d_weight_norm") for each in figures]
+    gaps = [e["d_weight_error"] * n for e, n in zip(figures, norms, strict=True)]
+    extra_bytes = [each["extra_bytes"] for each in figures]
+    return figures[0] | {
+        "loss_error": max(each["loss_error"] for each in figures),
+        "d_hidden_error": max(each["d_hidden_error"] for each in figures),
+        "d_weight_error": math.hypot(*gaps) / math.hypot(*norms),
+        "extra_bytes": max(extra_bytes),
+        "extra_bytes_min": min(extra_bytes),
+    }
 
 
 def collectives(

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.checks import PLANTED
-from tests.distributed.matrix import CASES, DEVICE, Case
+from tests.distributed.layouts import CASES, Case
+from tests.distributed.matrix import DEVICE
+from tests.distributed.preflight_checks import PLANTED
 from tests.helpers import ROOT, python_env, run_command
 
 # A sum in float32 in another order, and what a tied model may lose in bfloat16, for which

@@ -14,6 +14,30 @@ pytestmark = pytest.mark.gpu
 C, V = 3000, 9003
 
 
+@pytest.mark.parametrize("gap", [2.0, 10.0, 16.0])
+@pytest.mark.parametrize("num_parts", [2, 9, 33])
+def test_sure_tokens_keep_their_gradient(monkeypatch, num_parts, gap):
+    """What is left beside a label that has most of the sum: 1 - p, to a few roundings."""
+    monkeypatch.setattr(triton_sweeps, "BOTH_COLUMNS", -(-V // num_parts))
+    g = torch.Generator("cuda").manual_seed(0)
+    z = torch.randn(C, V, generator=g, device="cuda").bfloat16()
+    label = torch.randint(V, (C,), generator=g, device="cuda")
+    # The label's logit is `gap` above the others' sum.
+    z.scatter_(1, label[:, None], (z.float().logsumexp(1) + gap).bfloat16()[:, None])
+    exact = z.double().softmax(1)
+    at_label = torch.arange(C, device="cuda"), label
+    others = exact.clone()
+    others[at_label] = 0.0
+    exact[at_label] = -others.sum(1)  # p - 1, without its cancellation
+
+    sums = unpack(("max", "sumexp", "label_logit"), torch.empty(3, C, device="cuda"))
+    ones = torch.ones(C, device="cuda")
+    by = Coefficients(sums["max"], sums["sumexp"], ones, -ones)
+    triton_sweeps.both_sweeps(z, label, Transform(), sums, by)
+    # float32 has 1 - p to 6e-8 of 1, however small it is.
+    torch.testing.assert_close(z.double(), exact, rtol=2**-7, atol=2.5e-7)
+
+
 @pytest.mark.parametrize("smoothed", [True, False])
 @pytest.mark.parametrize("transform", [Transform(), Transform(30.0, 0.7)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

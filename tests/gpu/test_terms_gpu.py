@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers import Problem, relative_error, waiting_is_an_error
-from tests.unit.head_loss.test_terms import (
+from tests.unit.head_loss.term_cases import (
     EVERYTHING,
     MIXTURE,
     OPTIONS,

@@ -1,0 +1,145 @@
+"""The preflight on two processes: it passes, and finds what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from tests.distributed import matrix
+from tests.distributed.layouts import LAYOUTS
+
+import torch  # isort: skip
+import torch.distributed as dist  # isort: skip
+from torch.distributed.tensor import DTensor, Replicate  # isort: skip
+from torchtitan_liger import lm_head, preflight  # isort: skip
+from torchtitan_liger.head_loss import (  # isort: skip
+    HeadLoss,
+    chunked,
+    vocab_parallel,
+)
+
+
+def preflight_passes() -> dict[str, Any]:
+    """The line of each layout, and whether it left a trace."""
+    lines = {}
+    for name, case in LAYOUTS.items():
+        trainer = matrix.build_trainer(case, fused=True)
+        (model,) = trainer.model_parts
+        buffers = {n: b.clone() for n, b in model.named_buffers()}
+        state = torch.get_rng_state()
+        lines[name] = str(run_preflight(trainer))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(p.grad is None for p in model.parameters())
+        assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
+        assert trainer.lm_head.num_fused_calls == 0
+        assert model.training
+        trainer.close()
+    return lines
+
+
+def run_preflight(trainer: Any) -> preflight.PreflightReport:
+    return preflight.check_head(
+        trainer.model_parts[0],
+        trainer.parallel_dims,
+        trainer.post_dataloading_process,
+        trainer.train_context,
+        trainer.maybe_enable_amp,
+        trainer.job_config.training.seq_len,
+        trainer.device,
+    )
+
+
+@contextmanager
+def weight_read_from_outside() -> Iterator[None]:
+    """FSDP's hooks do not run: each rank keeps its own gradient."""
+
+    def call(
+        self: lm_head.LMHead, hidden: Any, labels: Any, head_loss: Any, **kwargs: Any
+    ) -> Any:
+        weight = self.weight
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+        return head_loss(hidden, weight, labels, **kwargs)
+
+    with mock.patch.object(lm_head.LMHead, "__call__", call):
+        yield
+
+
+@contextmanager
+def shard_dropped() -> Iterator[None]:
+    """The softmax runs over this rank's columns only."""
+    real = vocab_parallel.combine
+
+    def mine(names: Any, gathered_RkC: torch.Tensor) -> Any:
+        rank = dist.get_rank()
+        return real(names, gathered_RkC[rank : rank + 1])
+
+    with mock.patch.object(vocab_parallel, "combine", mine):
+        yield
+
+
+@contextmanager
+def hidden_gradient_not_summed() -> Iterator[None]:
+    """Each rank takes its columns' share for the whole gradient of the hidden states."""
+
+    def replicate(hidden: Any, *args: Any) -> Any:
+        inputs = real(hidden, *args)
+        local = hidden.redistribute(placements=[Replicate()]).to_local(
+            grad_placements=[Replicate()]
+        )
+        return local, *inputs[1:]
+
+    real = lm_head._local_inputs
+    with mock.patch.object(lm_head, "_local_inputs", replicate):
+        yield
+
+
+@contextmanager
+def gradient_scaled() -> Iterator[None]:
+    """One percent too much."""
+    real = chunked.scale_gradient
+    with mock.patch.object(chunked, "scale_gradient", lambda *args: real(*args) * 1.01):
+        yield
+
+
+@contextmanager
+def normalizer_of_this_rank() -> Iterator[None]:
+    """The mean over this rank's tokens instead of all."""
+    real = HeadLoss.__call__
+
+    def call(
+        self: HeadLoss, hidden: Any, weight: Any, labels: Any, **kwargs: Any
+    ) -> Any:
+        kwargs["normalizer"] = (labels != -100).sum()
+        return real(self, hidden, weight, labels, **kwargs)
+
+    with mock.patch.object(HeadLoss, "__call__", call):
+        yield
+
+
+PLANTED = (
+    ("FSDP2", weight_read_from_outside),
+    ("FSDP2", gradient_scaled),
+    ("FSDP2, bf16", gradient_scaled),
+    ("FSDP2", normalizer_of_this_rank),
+    ("DDP", gradient_scaled),
+    ("TP", shard_dropped),
+    ("TP", hidden_gradient_not_summed),
+    ("TP", gradient_scaled),
+)
+
+
+def preflight_catches() -> dict[str, str]:
+    """What the preflight says to each planted error."""
+    said = {}
+    for layout, error in PLANTED:
+        trainer = matrix.build_trainer(LAYOUTS[layout], fused=True)
+        with error():
+            try:
+                said[f"{layout}: {error.__name__}"] = str(run_preflight(trainer))
+            except preflight.PreflightError as caught:
+                said[f"{layout}: {error.__name__}"] = f"caught: {caught}"
+        trainer.close()
+    return said

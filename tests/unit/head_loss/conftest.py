@@ -1,0 +1,40 @@
+"""In which ways the engine runs."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from torchtitan_liger.head_loss import (
+    engine,
+    passes,
+    triton_sweeps,
+)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def sweeps(request, monkeypatch):
+    """Both implementations of the passes; Triton's on its interpreter."""
+    if request.param == "triton":
+        one_at_a_time = threading.Lock()  # the interpreter knows one grid
+
+        def locked(sweep):
+            def run(*args, **kwargs):
+                with one_at_a_time:
+                    return sweep(*args, **kwargs)
+
+            return run
+
+        names = ["statistics_sweep", "mixture_sweep", "gradient_sweep", "both_sweeps"]
+        locked_sweeps = {name: locked(getattr(triton_sweeps, name)) for name in names}
+        module = SimpleNamespace(**locked_sweeps)
+        monkeypatch.setattr(passes, "sweeps_for", lambda _: module)
+    return request.param
+
+
+@pytest.fixture(params=[11, 10**6], ids="{}_tokens_per_chunk".format)
+def chunks(request, monkeypatch):
+    plan = engine.ChunkPlan(request.param, 0, 0, 0)
+    monkeypatch.setattr(engine, "plan_chunks", lambda *_, **__: plan)

@@ -1,0 +1,257 @@
+"""What a call takes and refuses, and whose its gradients are."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.helpers import Problem, full_logits, relative_error
+from torchtitan_liger.head_loss import (
+    HeadLoss,
+    HeadLossOptions,
+    linear_cross_entropy,
+)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_mean_divides_by_the_tokens_with_a_label(impl):
+    problem = Problem()
+    truth = problem.run(lambda h, w, y: F.cross_entropy(h @ w.T, y))
+    ours = problem.run(partial(linear_cross_entropy, impl=impl))
+    assert max(ours.errors(truth).values()) < 1e-12
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_gradients_scale_with_the_incoming_gradient(impl):
+    problem = Problem()
+    once = problem.run(partial(linear_cross_entropy, impl=impl))
+    scaled = problem.run(partial(linear_cross_entropy, impl=impl), upstream=-0.37)
+    assert relative_error(scaled.d_hidden, -0.37 * once.d_hidden) < 1e-14
+    assert relative_error(scaled.d_weight, -0.37 * once.d_weight) < 1e-14
+
+
+def test_gradients_add_to_those_that_are_there():
+    problem = Problem()
+    hidden = problem.hidden.clone().requires_grad_()
+    weight = problem.weight.clone().requires_grad_()
+    linear_cross_entropy(hidden, weight, problem.labels).backward()
+    first = weight.grad.clone()
+    linear_cross_entropy(hidden, weight, problem.labels).backward()
+    assert torch.equal(weight.grad, 2 * first)
+
+
+def test_backward_twice_gives_the_same_gradients():
+    problem = Problem()
+    weight = problem.weight.clone().requires_grad_()
+    loss = linear_cross_entropy(problem.hidden, weight, problem.labels) * 0.5
+    (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, weight)
+    assert torch.equal(first, second)
+
+
+def test_gradients_belong_to_the_caller():
+    """Three passes over one graph, with what they gave changed in between."""
+    problem = Problem()
+    truth = problem.run(linear_cross_entropy)
+    hidden = problem.hidden.clone().requires_grad_()
+    weight = problem.weight.clone().requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, problem.labels)
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+        hidden.grad.data.mul_(5)
+        weight.grad.data.mul_(5)
+        hidden.grad = weight.grad = None
+    loss.backward()
+    assert torch.equal(hidden.grad, truth.d_hidden)
+    assert torch.equal(weight.grad, truth.d_weight)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize(
+    ("normalizer", "message"),
+    [
+        (-1, "at least 0, got -1"),
+        (float("inf"), "got inf"),
+        (float("nan"), "got nan"),
+        (torch.ones(257), r"shape \(257,\)"),
+        (torch.ones((), requires_grad=True), "requires_grad=True"),
+    ],
+)
+def test_a_normalizer_is_one_number(impl, normalizer, message):
+    problem = Problem()
+    with pytest.raises(ValueError, match=message):
+        HeadLoss(impl=impl)(
+            problem.hidden, problem.weight, problem.labels, normalizer=normalizer
+        )
+
+
+@pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])
+def test_a_tensor_that_is_no_normalizer_makes_the_loss_nan(value):
+    problem = Problem()
+    normalizer = torch.tensor(value)
+    out = HeadLoss()(
+        problem.hidden, problem.weight, problem.labels, normalizer=normalizer
+    )
+    assert out.loss.isnan()
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_a_normalizer_may_be_any_tensor_of_one_element(impl):
+    problem = Problem()
+    losses = [
+        HeadLoss(impl=impl)(
+            problem.hidden, problem.weight, problem.labels, normalizer=normalizer
+        ).loss
+        for normalizer in (7, 7.0, torch.tensor(7), torch.tensor([7.0]))
+    ]
+    assert all(loss.shape == () for loss in losses)
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+
+
+def test_frozen_inputs_get_no_gradient():
+    problem = Problem()
+    truth = problem.run(linear_cross_entropy)
+    hidden = problem.hidden.clone().requires_grad_()
+    linear_cross_entropy(hidden, problem.weight, problem.labels).backward()
+    assert relative_error(hidden.grad, truth.d_hidden) < 1e-14
+    weight = problem.weight.clone().requires_grad_()
+    linear_cross_entropy(problem.hidden, weight, problem.labels).backward()
+    assert relative_error(weight.grad, truth.d_weight) < 1e-14
+
+
+def test_no_grad_gives_the_same_loss_and_no_graph():
+    problem = Problem()
+    weight = problem.weight.clone().requires_grad_()
+    with_grad = linear_cross_entropy(problem.hidden, weight, problem.labels)
+    with torch.no_grad():
+        without = linear_cross_entropy(problem.hidden, weight, problem.labels)
+    assert torch.equal(with_grad, without)
+    assert not without.requires_grad
+
+
+def test_any_leading_shape_and_any_strides():
+    problem = Problem(T=60)
+    flat = linear_cross_entropy(problem.hidden, problem.weight, problem.labels)
+    shaped = linear_cross_entropy(
+        problem.hidden.reshape(3, 4, 5, -1),
+        problem.weight,
+        problem.labels.view(3, 4, 5),
+    )
+    assert torch.equal(shaped, flat)
+    wide = torch.zeros(60, 2 * 48, dtype=torch.float64)
+    wide[:, ::2] = problem.hidden
+    transposed = problem.weight.T.contiguous().T
+    strided = linear_cross_entropy(wide[:, ::2], transposed, problem.labels)
+    torch.testing.assert_close(strided, flat, rtol=1e-14, atol=0)
+
+
+def test_another_ignore_index():
+    problem = Problem(ignore_index=3)
+    truth = problem.run(lambda h, w, y: F.cross_entropy(h @ w.T, y, ignore_index=3))
+    ours = problem.run(partial(linear_cross_entropy, ignore_index=3))
+    assert max(ours.errors(truth).values()) < 1e-12
+
+
+def test_under_autocast_float32_parameters_get_the_float32_sum():
+    """One rounding less than casting the weight outside."""
+    problem = Problem(T=300, D=64, V=1000).rounded(torch.bfloat16)
+    truth = problem.run(full_logits(HeadLossOptions()))
+
+    def autocast(loss_of):
+        def run(*args):
+            with torch.autocast("cpu", torch.bfloat16):
+                return loss_of(*args)
+
+        return run
+
+    stock = problem.run(autocast(full_logits(HeadLossOptions())), torch.float32)
+    ours = problem.run(
+        autocast(partial(linear_cross_entropy, reduction="sum")), torch.float32
+    )
+    stock_errors, errors = stock.errors(truth), ours.errors(truth)
+    assert errors["d_weight"] < stock_errors["d_weight"]
+    assert errors["d_hidden"] <= 1.1 * stock_errors["d_hidden"]
+
+
+@pytest.mark.parametrize("label", [517, 10**9, -1, -101])
+def test_a_label_that_is_no_word_is_an_error_with_value_and_position(label):
+    problem = Problem()
+    labels = problem.labels.clone()
+    labels[11] = label
+    with pytest.raises(ValueError, match=rf"labels\[11\] is {label}\b.*\[0, 517\)"):
+        linear_cross_entropy(problem.hidden, problem.weight, labels)
+
+
+def test_an_unchecked_label_that_is_no_word_makes_the_loss_nan():
+    problem = Problem()
+    problem.labels[11] = 517
+    out = HeadLoss()(problem.hidden, problem.weight, problem.labels, check_labels=False)
+    assert out.loss.isnan()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(4, 9)}, r"hidden \(4, 9\) and weight \(7, 8\)"),
+        ({"labels": torch.zeros(5, dtype=torch.long)}, r"labels \(5,\)"),
+        ({"labels": torch.zeros(4)}, "int64 or int32, got torch.float32"),
+        ({"labels": torch.zeros(4).to(torch.int16)}, "got torch.int16"),
+        ({"weight": torch.zeros(8)}, r"weight must be \[V, D\], got \(8,\)"),
+        ({"hidden": torch.zeros(4, 8).bfloat16()}, "bfloat16 and weight is .*float32"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(change, message):
+    inputs = {
+        "hidden": torch.zeros(4, 8),
+        "weight": torch.zeros(7, 8),
+        "labels": torch.zeros(4, dtype=torch.long),
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**(inputs | change))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("label_smoothing", 1.0),
+        ("label_smoothing", -0.1),
+        ("z_loss", -1e-4),
+        ("z_loss", float("nan")),
+        ("logit_softcap", -30.0),
+        ("acc_dtype", torch.float16),
+        ("logits_memory_mib", -1),
+        ("logits_memory_mib", 0.5),
+        ("impl", "liger"),
+        ("reduction", "avg"),
+        ("temperature", 0.0),
+    ],
+)
+def test_settings_out_of_range_are_named_with_their_value(setting, value):
+    problem = Problem()
+    with pytest.raises(ValueError, match=f"{setting}.*{value}"):
+        linear_cross_entropy(
+            problem.hidden, problem.weight, problem.labels, **{setting: value}
+        )
+
+
+def test_a_second_derivative_is_an_error_and_not_zero():
+    problem = Problem()
+    for reduction in ("sum", "none"):
+        hidden = problem.hidden.clone().requires_grad_()
+        args = hidden, problem.weight, problem.labels
+        loss = linear_cross_entropy(*args, reduction=reduction).sum()
+        (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            (hidden.square().sum() + grad.square().sum()).backward()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("counted", [0, 50, 257])
+def test_a_wrong_number_of_labels_makes_the_loss_nan(reduction, counted):
+    problem = Problem()
+    args = problem.hidden, problem.weight, problem.labels
+    out = HeadLoss()(*args, reduction=reduction, num_labeled=counted)
+    assert out.loss.isnan().all()

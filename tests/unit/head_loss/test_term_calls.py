@@ -1,0 +1,271 @@
+"""What a call with terms takes, gives back and refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.helpers import Problem
+from torchtitan_liger.head_loss import (
+    CrossEntropy,
+    Distillation,
+    EntropyBonus,
+    Focal,
+    HeadLoss,
+    HeadLossOptions,
+    PolicyGradient,
+    Preference,
+    ReferenceKL,
+    Teacher,
+    Term,
+    Unlikelihood,
+    ZLoss,
+    linear_cross_entropy,
+)
+
+
+class Unknown(Term):
+    name, weight, needs = "unknown", 1.0, frozenset({"rank"})
+
+
+def test_terms_and_metrics_are_what_full_logits_give():
+    problem = Problem(T=200, D=16, V=11, scale=3.0)
+    z = (problem.hidden @ problem.weight.T)[problem.labels != -100]
+    y = problem.labels[problem.labels != -100]
+    head = HeadLoss([CrossEntropy(), EntropyBonus(0.0)])
+    out = head(problem.hidden, problem.weight, problem.labels, normalizer=len(y))
+    entropy = torch.distributions.Categorical(logits=z).entropy().mean()
+    expected = {
+        "accuracy": (z.argmax(1) == y).double().mean(),
+        "max_prob": z.softmax(1).amax(1).mean(),
+        "entropy": entropy,
+    }
+    assert out.metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        assert out.metrics[name].item() == pytest.approx(value.item(), rel=1e-12), name
+    assert out.terms["entropy_bonus"].item() == pytest.approx(-entropy.item())
+    assert out.loss.item() == pytest.approx(F.cross_entropy(z, y).item())
+    plain = HeadLoss()(problem.hidden, problem.weight, problem.labels)
+    assert plain.metrics.keys() == {"accuracy", "max_prob"}
+
+
+def test_a_term_of_weight_0_reports_and_leaves_the_gradients_alone():
+    problem = Problem()
+    head = HeadLoss([CrossEntropy(), ZLoss(0.0)])
+    alone = problem.run(lambda *args: HeadLoss()(*args).loss)
+    both = problem.run(lambda *args: head(*args).loss)
+    assert torch.equal(both.d_weight, alone.d_weight)
+    out = head(problem.hidden, problem.weight, problem.labels)
+    assert out.terms["z_loss"] > 0
+
+
+def test_token_weights_multiply_all_terms_and_have_an_exact_gradient(chunks):
+    problem = Problem(T=37, D=16, V=101)
+    g = torch.Generator().manual_seed(3)
+    weights = torch.rand(37, generator=g, dtype=torch.float64)
+    weights[problem.labels == -100] = torch.nan
+    results = []
+    for impl in ("chunked", "reference"):
+        learnt = weights.clone().requires_grad_()
+        results.append(
+            problem.run(
+                lambda *args, w=learnt, i=impl: linear_cross_entropy(
+                    *args, z_loss=0.1, token_weights=w, impl=i
+                ),
+                upstream=0.3,
+            )
+        )
+        valid = problem.labels != -100
+        losses = linear_cross_entropy(
+            problem.hidden, problem.weight, problem.labels, z_loss=0.1, reduction="none"
+        )
+        expected = 0.3 * losses[valid] / valid.sum()
+        torch.testing.assert_close(learnt.grad[valid], expected, rtol=1e-12, atol=0)
+        assert not learnt.grad[~valid].nan_to_num().any()
+    assert max(results[0].errors(results[1]).values()) < 1e-12
+
+
+@pytest.mark.parametrize("settings", [{}, {"z_loss": 0.1, "logit_softcap": 2.0}])
+def test_losses_per_token_have_exact_gradients(settings, chunks):
+    problem = Problem(T=36, D=16, V=101)
+    upstream = torch.randn(36, generator=torch.Generator().manual_seed(9)).double()
+
+    def weighted(impl):
+        def loss_of(hidden, weight, labels):
+            losses = linear_cross_entropy(
+                hidden.view(4, 9, -1),
+                weight,
+                labels.view(4, 9),
+                reduction="none",
+                impl=impl,
+                **settings,
+            )
+            assert losses.shape == (4, 9)
+            return (losses.flatten() * upstream).sum()
+
+        return loss_of
+
+    truth = problem.run(weighted("reference"))
+    ours = problem.run(weighted("chunked"))
+    assert max(ours.errors(truth).values()) < 1e-12
+
+
+@pytest.mark.parametrize("what", ["teacher", "candidates"])
+def test_what_a_second_phase_reads_may_not_change_before(what):
+    """Autograd knows of hidden states and weight; of the others it has to be told."""
+    problem = Problem(T=8, D=16, V=101, ignored=0)
+    changed = {
+        "teacher": torch.randn(8, 101).double(),
+        "candidates": torch.randint(101, (8, 2)),
+    }
+    head_loss = HeadLoss([CrossEntropy(), Distillation(), Unlikelihood()])
+    hidden = problem.hidden.clone().requires_grad_()
+    losses = head_loss(
+        *(hidden, problem.weight, problem.labels),
+        teacher=Teacher(logits=changed["teacher"]),
+        candidates=changed["candidates"],
+        reduction="none",
+    ).loss
+    changed[what].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: HeadLoss([]), "at least one term"),
+        (lambda: HeadLoss([ZLoss(1.0), ZLoss(2.0)]), "terms of different names"),
+        (lambda: HeadLoss([Unknown()]), "needs rank; there"),
+        (lambda: HeadLoss([ZLoss(1.0)], HeadLossOptions(z_loss=1.0)), "of your own"),
+        (lambda: HeadLoss([ZLoss(1.0)], impl="reference"), "default terms only"),
+        (lambda: PolicyGradient("grpo"), "ppo, cispo, reinforce, got 'grpo'"),
+        (lambda: PolicyGradient(clip_low=1.5), "clip_low must be in"),
+        (lambda: PolicyGradient(importance_cap=0.0), "positive, got 0.0"),
+        (lambda: Distillation("kl"), "got 'kl'"),
+        (lambda: Distillation("jsd", beta=1.5), r"in \[0, 1\], got 1.5"),
+        (
+            lambda: HeadLoss([Distillation("jsd"), Distillation("jsd", 0.1, name="b")]),
+            "one beta for its JSD",
+        ),
+        (Teacher, "either logits, or hidden and weight"),
+        (lambda: Teacher(logits=torch.ones(1), temperature=0.0), "positive, got 0.0"),
+        (lambda: CrossEntropy(1.0), r"in \[0, 1\), got 1.0"),
+        (lambda: Focal(-1.0), "at least 0, got -1.0"),
+        (lambda: Preference("kto"), "got 'kto'"),
+        (lambda: PolicyGradient(dual_clip=0.5), "above 1, got 0.5"),
+        (lambda: ReferenceKL(1.0, "k4"), "got 'k4'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_row_inputs_must_be_like_the_labels():
+    problem = Problem()
+    head = HeadLoss([PolicyGradient("reinforce")])
+    call = (problem.hidden, problem.weight, problem.labels)
+    with pytest.raises(ValueError, match=r"advantages must be like labels, \(257,\)"):
+        head(*call, advantages=torch.ones(3))
+    with pytest.raises(ValueError, match="advantages is not given"):
+        head(*call)
+    with pytest.raises(
+        ValueError, match=r"inputs \(none\): token_weight is read by none"
+    ):
+        HeadLoss()(*call, token_weight=torch.ones(257))
+    head = HeadLoss([Unlikelihood()])
+    with pytest.raises(ValueError, match=r"like labels, \(257, 'K'\).* got \(257,\)"):
+        head(*call, candidates=problem.labels)
+    head = HeadLoss([Distillation()])
+    with pytest.raises(ValueError, match="distillation need teacher"):
+        head(*call)
+    with pytest.raises(
+        ValueError, match="must be a Teacher, got <class 'torch.Tensor'>"
+    ):
+        head(*call, teacher=torch.ones(257, 517))
+    with pytest.raises(ValueError, match="no term that learns from it"):
+        HeadLoss()(*call, teacher=Teacher(logits=torch.ones(257, 517)))
+    with pytest.raises(ValueError, match=r"must be \(257, 517\), got \(257, 5\)"):
+        head(*call, teacher=Teacher(logits=torch.ones(257, 5)))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_without_any_label_sums_are_zero_and_extremes_infinite(num_tokens):
+    head = HeadLoss([CrossEntropy(), PolicyGradient(), ZLoss(0.1)])
+    hidden = torch.full((num_tokens, 8), torch.nan, requires_grad=True)
+    weight = torch.ones(11, 8, requires_grad=True)
+    labels = torch.full((num_tokens,), -100)
+    nan = torch.full((num_tokens,), torch.nan)
+    out = head(hidden, weight, labels, normalizer=0, advantages=nan, old_logp=nan)
+    out.loss.backward()
+    assert out.loss == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+    assert all(value == 0 for value in out.terms.values())
+    for name, value in out.metrics.items():
+        end = {"max": -torch.inf, "min": torch.inf}.get(name.rpartition("/")[2], 0.0)
+        assert value == end, name
+
+
+def test_a_candidate_beyond_the_vocabulary_is_an_error_or_makes_the_loss_nan():
+    problem = Problem()
+    head = HeadLoss([Unlikelihood()])
+    call = (problem.hidden, problem.weight, problem.labels)
+    candidates = torch.zeros(problem.T, 2, dtype=torch.long)
+    candidates[problem.labels == -100] = 10**9  # what is ignored may hold anything
+    assert head(*call, candidates=candidates).loss.isfinite()
+    candidates[int((problem.labels != -100).nonzero()[0]), 1] = problem.V
+    with pytest.raises(ValueError, match="must be below 517, .* got 517"):
+        head(*call, candidates=candidates)
+    assert head(*call, candidates=candidates, check_labels=False).loss.isnan()
+
+
+@dataclass(frozen=True)
+class Returns(Term):
+    """A term that gives tensors of a wrong shape."""
+
+    make: Callable[[torch.Tensor], torch.Tensor]
+    weight: float = 1.0
+    name: str = "mine"
+
+    def loss(self, stats, rows):
+        return self.make(stats.logp)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(lambda x: x[:, None], r"\[5, 1\]"), (lambda x: x.sum(), r"\[\]")],
+)
+def test_a_term_gives_one_loss_for_each_token(make, shape):
+    problem = Problem(T=5, D=16, V=101, ignored=0)
+    with pytest.raises(ValueError, match=rf"mine must give .*\[5\], got {shape}"):
+        HeadLoss([Returns(make)])(problem.hidden, problem.weight, problem.labels)
+
+
+@dataclass(frozen=True)
+class Undeclared(Term):
+    """Reads what only another term of the mixture has asked for."""
+
+    weight: float = 1.0
+    name: str = "undeclared"
+
+    def loss(self, stats, rows):
+        return stats.entropy.square()
+
+
+def test_a_statistic_of_another_term_has_its_gradient_too():
+    problem = Problem(T=37, D=16, V=101)
+    head = HeadLoss([EntropyBonus(0.2), Undeclared()])
+    ours = problem.run(lambda *args: head(*args).loss)
+
+    def loss_of(hidden, weight, labels):
+        z = (hidden @ weight.T)[labels != -100]
+        entropy = torch.distributions.Categorical(logits=z).entropy()
+        return (entropy.square() - 0.2 * entropy).sum()
+
+    assert max(ours.errors(problem.run(loss_of)).values()) < 1e-10

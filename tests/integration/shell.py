@@ -13,7 +13,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-
 # Stands for torchrun, pytest, ruff and mypy: one line of JSON, and the wished exit code.
 REPORT = """
 import json, os, sys
@@ -23,27 +22,19 @@ print(json.dumps({"module": __spec__.name, "args": sys.argv[1:], "env": env,
                   "cwd": os.getcwd(), "python": sys.executable}))
 sys.exit(0 if "--version" in sys.argv else int(os.environ.get("STUB_EXIT", 0)))
 """
-
-
 LINTER = REPORT.replace("STUB_EXIT", "STUB_LINTER_EXIT")
-
-
 RUN_STUBS = {
     "torch/distributed/run.py": REPORT,
     "torchtitan/__init__.py": "raise RuntimeError('looking must not import')",
     "torchtitan_liger/__init__.py": "",
     "torchtitan_liger/train.py": REPORT,
 }
-
-
 DEV_STUBS = RUN_STUBS | {
     "pytest.py": REPORT,
     "pytest_timeout.py": "",
     "ruff.py": LINTER,
     "mypy.py": LINTER,
 }
-
-
 PIP = """
 import os, shutil, sys, time
 if sys.argv[1] == "install":

@@ -159,11 +159,7 @@ TERMS = {
         ),
     ),
 }
-
-
 MIXTURE = ("smoothed", "z-loss", "focal", "entropy", "ppo", "k3", "a user's")
-
-
 EVERYTHING = (
     "cross entropy",
     "z-loss",
@@ -173,8 +169,6 @@ EVERYTHING = (
     "jsd",
     "a user's",
 )
-
-
 SETS = [*((n,) for n in TERMS), MIXTURE, EVERYTHING]
 
 

@@ -107,6 +107,12 @@ def bits_to(origin, maximum):
 
 
 @triton.jit
+def at_least_one(sumexp, maximum):
+    """A sum of exponentials above their maximum: its own is 1, whatever was rounded."""
+    return tl.where((sumexp < 1) & (maximum > -float("inf")), 1.0, sumexp)
+
+
+@triton.jit
 def product(weights, values):
     """A column of -inf has no share."""
     return weights * tl.where(weights > 0, values, 0.0)

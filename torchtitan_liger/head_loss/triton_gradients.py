@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from torchtitan_liger.head_loss.triton_blocks import (
+    at_least_one,
     bits_above,
     bits_to,
     finite,
@@ -142,6 +143,7 @@ def both_kernel(
     TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
+    VECTOR: tl.constexpr,
     GRADIENT_BLOCK: tl.constexpr,
 ):
     """Sums and gradient of what is in `statistics.AT_ONCE`.
@@ -160,19 +162,17 @@ def both_kernel(
     end = tl.minimum(begin + part_columns, num_columns)
     dtype: tl.constexpr = sums.dtype.element_ty
 
-    # Each lane counts exponents from the largest of its first logits, so that all are read
-    # only once.
-    tile = tl.arange(0, UNROLL)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    # Each thread counts exponents from the largest of its first logits, so that all are
+    # read only once.
+    tile = _tile(BLOCK, UNROLL, VECTOR)
     raw_tile = load_raw(logits, begin + tile, end)
     column = tl.load(label_columns + row).to(tl.int32)
     by_softmax = tl.load(softmax + row)
     by_label = tl.load(label + row)
-    highest = tl.max(
-        to_logits(raw_tile, begin + tile, end, SOFTCAP, TEMPERATURE), axis=0
-    )
+    highest = _largest(to_logits(raw_tile, begin + tile, end, SOFTCAP, TEMPERATURE))
     # Nothing yet is as if far below: whatever comes will be far above.
     origin = tl.where(highest == -float("inf"), -1e30, origin_of(highest))
-    maximum, sumexp, logit_sum = _lanes_sums(
+    maximum, sumexp, logit_sum = _threads_sums(
         logits,
         begin,
         end,
@@ -183,6 +183,7 @@ def both_kernel(
         TEMPERATURE,
         BLOCK,
         UNROLL,
+        VECTOR,
     )
     part_max = tl.max(maximum, axis=0)
     base = finite(origin_of(part_max))
@@ -194,7 +195,7 @@ def both_kernel(
     if not ((tl.max(sumexp, axis=0) < most) & (total_sumexp < float("inf"))):
         origin = tl.zeros_like(origin) + base
         raw_tile = load_raw(logits, begin + tile, end)
-        maximum, sumexp, logit_sum = _lanes_sums(
+        maximum, sumexp, logit_sum = _threads_sums(
             logits,
             begin,
             end,
@@ -205,6 +206,7 @@ def both_kernel(
             TEMPERATURE,
             BLOCK,
             UNROLL,
+            VECTOR,
         )
         total_sumexp = _moved(sumexp, origin, base)
     here = (column >= begin) & (column < end)
@@ -239,7 +241,8 @@ def both_kernel(
     if part == 0:
         _, to_max = bits_to(base, finite(total_max))
         tl.store(sums + AT_max * num_rows, total_max)
-        tl.store(sums + AT_sumexp * num_rows, total_sumexp * to_max)
+        above_max = at_least_one(total_sumexp * to_max, total_max)
+        tl.store(sums + AT_sumexp * num_rows, above_max)
 
     factor = by_softmax / total_sumexp
     by_constant = load_optional(constant, row)
@@ -259,7 +262,7 @@ def both_kernel(
 
 
 @triton.jit
-def _lanes_sums(
+def _threads_sums(
     logits,
     begin,
     end,
@@ -270,22 +273,41 @@ def _lanes_sums(
     TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
-    """Each lane's maximum, sum of exponentials above its origin, and sum of logits."""
+    """Each thread's maximum, sum of exponentials above its origin, and sum of logits."""
     maximum = highest
     sumexp = tl.zeros_like(origin)
     logit_sum = sumexp
-    tile = tl.arange(0, UNROLL)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tile = _tile(BLOCK, UNROLL, VECTOR)
     for start in range(begin, end, BLOCK * UNROLL):
         columns = start + tile
         z = to_logits(raw, columns, end, SOFTCAP, TEMPERATURE)
-        maximum = tl.maximum(maximum, tl.max(z, axis=0))
-        sumexp += tl.sum(tl.exp2(bits_above(origin[None, :], z)), axis=0)
-        logit_sum += tl.sum(tl.where(columns < end, z, 0.0), axis=0)
+        maximum = tl.maximum(maximum, _largest(z))
+        sumexp += _sum(tl.exp2(bits_above(origin[:, None, None], z)))
+        logit_sum += _sum(tl.where(columns < end, z, 0.0))
         raw = load_raw(
             logits, columns + BLOCK * UNROLL, end
         )  # on its way while others compute
     return maximum, sumexp, logit_sum
+
+
+@triton.jit
+def _tile(BLOCK: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr):
+    """[threads, UNROLL, VECTOR] columns: a thread's come in vectors, BLOCK apart."""
+    threads = tl.arange(0, BLOCK // VECTOR)[:, None, None]
+    block = tl.arange(0, UNROLL)[None, :, None]
+    return threads * VECTOR + block * BLOCK + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
+def _largest(z):
+    return tl.max(tl.max(z, axis=2), axis=1)
+
+
+@triton.jit
+def _sum(z):
+    return tl.sum(tl.sum(z, axis=2), axis=1)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from torchtitan_liger.head_loss.triton_blocks import (
+    at_least_one,
     bits_above,
     bits_to,
     finite,
@@ -141,7 +142,8 @@ def statistics_kernel(
     total_max = tl.max(maximum, axis=0)
     shift, share = _to_maximum(origin, total_max)
     tl.store(sums + AT_max * num_rows, total_max)
-    tl.store(sums + AT_sumexp * num_rows, tl.sum(sumexp * share, axis=0))
+    total = at_least_one(tl.sum(sumexp * share, axis=0), total_max)
+    tl.store(sums + AT_sumexp * num_rows, total)
     if AT_logit_sum >= 0:
         tl.store(sums + AT_logit_sum * num_rows, tl.sum(logit_sum, axis=0))
     if AT_shifted_sum >= 0:
@@ -154,8 +156,8 @@ def statistics_kernel(
         t_total_max = tl.max(t_maximum, axis=0)
         t_shift, t_share = _to_maximum(t_origin, t_total_max)
         tl.store(sums + AT_teacher_max * num_rows, t_total_max)
-        moved = t_sumexp * t_share
-        tl.store(sums + AT_teacher_sumexp * num_rows, tl.sum(moved, axis=0))
+        total = at_least_one(tl.sum(t_sumexp * t_share, axis=0), t_total_max)
+        tl.store(sums + AT_teacher_sumexp * num_rows, total)
         if AT_teacher_shifted_sum >= 0:
             moved = _moved(t_shifted_sum, t_shift, t_sumexp, t_share)
             total = tl.sum(moved, axis=0) * LN_2

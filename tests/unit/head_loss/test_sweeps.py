@@ -289,6 +289,31 @@ def test_what_a_sure_row_leaves_to_the_others_is_exact(impl, peak):
     torch.testing.assert_close(sums["sumexp"].double(), exact, rtol=5e-7, atol=0)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_loss_is_never_negative(impl, dtype, at_once):
+    """Whatever is lost of the label's own exponential."""
+    num_rows, num_columns = 400, 64
+    z = torch.full((num_rows, num_columns), -60.0)
+    label = torch.arange(num_rows) % num_columns
+    z.scatter_(1, label[:, None], 20 * torch.rand(num_rows, 1))
+    z[7] = -torch.inf
+    z, sums = (
+        z.to(dtype),
+        unpack(("max", "sumexp", "label_logit"), torch.empty(3, num_rows)),
+    )
+    if at_once:
+        zeros = torch.zeros(num_rows)
+        by = Coefficients(sums["max"], sums["sumexp"], zeros, zeros)
+        impl.both_sweeps(z, label, PLAIN, sums, by)
+    else:
+        impl.statistics_sweep(z, label, PLAIN, sums)
+    assert sums["sumexp"][7] == 0  # of nothing
+    others = torch.arange(num_rows) != 7
+    assert sums["sumexp"][others].min() >= 1
+    assert sums["sumexp"].max() < 1 + 5e-7
+
+
 @pytest.mark.parametrize("softcap", [2.0, 30.0, 1000.0])
 def test_a_softcap_in_float32_is_exact(impl, softcap):
     u = torch.logspace(-6, 1, V)[None] * torch.tensor([[1.0], [-1.0]])

@@ -11,7 +11,7 @@ incoming gradient in the backward pass. Nothing here waits for a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from torchtitan_liger.head_loss.statistics import (
     Partials,
     Statistics,
 )
-from torchtitan_liger.head_loss.terms import needs_of
+from torchtitan_liger.head_loss.terms import Term, needs_of
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
@@ -152,15 +152,18 @@ def run(
     need_d_weight: bool,
 ) -> Result:
     """Everything about a call in one go."""
-    # The scale belongs to the gradients before they are rounded to the products' dtype.
-    # Only float16 cannot hold them then: there it is applied at the end.
     one = torch.ones_like(call.scale)
-    fp16 = call.products_dtype == torch.float16
-    early, late = (one, call.scale) if fp16 else (call.scale, one)
     row_weight_N = one.expand(len(call.labels_N))
     if token_weights_N is not None:
         valid_N = call.labels_N != call.options.ignore_index
         row_weight_N = torch.where(valid_N, token_weights_N.to(one.dtype), 0.0)
+    # The scale belongs to the gradients before they are rounded to the products' dtype.
+    # Only float16 cannot hold them then: there it is applied at the end, and until then
+    # the largest weight is near one.
+    early, late = call.scale, one
+    if call.products_dtype == torch.float16:
+        early = _to_unit(call.terms, row_weight_N)
+        late = call.scale / early
     with torch.autocast(hidden_TD.device.type, enabled=False):
         passes = Passes(
             hidden_TD,
@@ -202,6 +205,14 @@ def run(
         late,
         *passes.totals(),
     )
+
+
+def _to_unit(terms: Sequence[Term], row_weight_N: torch.Tensor) -> torch.Tensor:
+    """[] the power of two that brings the largest weight of a token to (1/2, 1]."""
+    largest_N = max(abs(term.weight) for term in terms) * row_weight_N.abs()
+    zero = largest_N.new_zeros(1)  # the largest of no tokens
+    bits = torch.cat([largest_N, zero]).amax().log2().ceil()
+    return torch.where(bits.isfinite(), torch.exp2(-bits), 1.0)
 
 
 def _one_by_one(passes: Passes) -> Iterator[tuple[slice, Softmax, Chunk]]:

@@ -179,14 +179,6 @@ class HeadLoss:
             (token_weights,) = per_token(
                 {"token_weights": token_weights}, labels
             ).values()
-        if self.impl == "reference":
-            if shard is not None:
-                raise ValueError(
-                    'impl="reference" needs the whole vocabulary on each rank; '
-                    'use impl="chunked" for a sharded head'
-                )
-            return self._reference(call, token_weights, labels.shape, reduction)
-
         if reduction == "none" and self._sequence_terms:
             raise ValueError(
                 'reduction="none" has no gradients for terms over sequences: give '
@@ -214,6 +206,15 @@ class HeadLoss:
         kept_N, scale, all_labeled = kept_rows(
             call, self.options.ignore_index, check_labels, num_labeled
         )
+        if self.impl == "reference":
+            if shard is not None:
+                raise ValueError(
+                    'impl="reference" needs the whole vocabulary on each rank; '
+                    'use impl="chunked" for a sharded head'
+                )
+            call = call._replace(scale=scale)
+            return self._reference(call, token_weights, labels.shape, reduction)
+
         labels_N, valid_N = call.labels_T, call.labels_T != self.options.ignore_index
         if kept_N is not None:
             labels_N, valid_N = labels_N[kept_N], valid_N[kept_N]

@@ -12,6 +12,7 @@ from tests.helpers import Problem, full_logits, relative_error
 from torchtitan_liger.head_loss import (
     HeadLoss,
     HeadLossOptions,
+    Teacher,
     linear_cross_entropy,
 )
 
@@ -250,8 +251,19 @@ def test_a_second_derivative_is_an_error_and_not_zero():
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("counted", [0, 50, 257])
-def test_a_wrong_number_of_labels_makes_the_loss_nan(reduction, counted):
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_a_wrong_number_of_labels_makes_the_loss_nan(impl, reduction, counted):
     problem = Problem()
     args = problem.hidden, problem.weight, problem.labels
-    out = HeadLoss()(*args, reduction=reduction, num_labeled=counted)
+    out = HeadLoss(impl=impl)(*args, reduction=reduction, num_labeled=counted)
     assert out.loss.isnan().all()
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_what_no_term_reads_is_an_error(impl):
+    problem = Problem(T=6, D=4, V=9)
+    args = problem.hidden, problem.weight, problem.labels
+    with pytest.raises(ValueError, match="advantages is read by none of them"):
+        HeadLoss(impl=impl)(*args, advantages=torch.ones(6))
+    with pytest.raises(ValueError, match="no term that learns from it"):
+        HeadLoss(impl=impl)(*args, teacher=Teacher(logits=torch.zeros(6, 9)))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tests.helpers import Problem, full_logits
 from torchtitan_liger.device import peak_resident_bytes, reset_peak_resident_bytes
 from torchtitan_liger.head_loss import (
+    CrossEntropy,
     HeadLoss,
     HeadLossOptions,
     engine,
@@ -88,6 +89,27 @@ def test_loss_scaling_keeps_small_gradients_in_float16():
     )
     assert ours.errors(truth)["d_hidden"] < 2e-3
     assert ours.errors(truth)["d_weight"] < 2e-3
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e-4])
+@pytest.mark.parametrize("token_weight", [1.0, 2.0**-15, 1e5, 0.0])
+def test_weights_are_no_matter_of_float16s_range(token_weight, weight):
+    """Weights, a normalizer and a loss scale whose product float16 can hold."""
+    problem = Problem(T=32, D=16, V=4096).rounded(torch.float16)
+    weights = torch.full((32,), token_weight)
+    head = HeadLoss([CrossEntropy(weight=weight)])
+
+    def loss_of(*args):
+        total = max(token_weight * weight, 1e-30) * 32
+        return head(*args, token_weights=weights, normalizer=total).loss
+
+    truth = problem.run(loss_of, upstream=2.0**10)
+    ours = problem.run(loss_of, torch.float16, upstream=2.0**10)
+    errors = ours.errors(truth)
+    if token_weight:
+        assert max(errors["d_hidden"], errors["d_weight"]) < 1e-3
+    else:
+        assert ours.d_hidden.count_nonzero() == ours.d_weight.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])

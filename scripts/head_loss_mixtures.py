@@ -117,6 +117,10 @@ MIXTURES = (
         "cross entropy + distillation (forward KL)", (CrossEntropy(), Distillation())
     ),
     Mixture(
+        "cross entropy + distillation (reverse KL)",
+        (CrossEntropy(), Distillation("reverse_kl")),
+    ),
+    Mixture(
         "cross entropy + distillation (JSD)", (CrossEntropy(), Distillation("jsd"))
     ),
 )
@@ -138,6 +142,8 @@ def divergence(term: Distillation, full: FullSoftmax) -> torch.Tensor:
     q_CV = log_q_CV.exp()
     if term.kind == "forward_kl":
         return (q_CV * (log_q_CV - log_p_CV)).sum(-1)
+    if term.kind == "reverse_kl":
+        return (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(-1)
     assert term.kind == "jsd", f"no formula for {term.kind}"
     log_m_CV = torch.logaddexp(
         log_q_CV + math.log(term.beta), log_p_CV + math.log1p(-term.beta)

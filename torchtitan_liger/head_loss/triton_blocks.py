@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -119,27 +120,41 @@ def product(weights, values):
 
 
 @triton.jit
-def to_mixture(log_p, log_q, BETA: tl.constexpr):
-    """log(m / p) and log(q / m) of `m = BETA q + (1 - BETA) p`; also of small ones."""
-    gap = log_q - log_p
-    share = BETA + (1 - 2 * BETA) * (gap > 0).to(gap.dtype)
-    log_m = _log1p(share * _expm1_of_negative(tl.abs(gap)))
-    return tl.maximum(gap, 0.0) + log_m, tl.minimum(gap, 0.0) - log_m
+def log2_of(z, maximum, sumexp):
+    """log2 of a softmax; finite, so that two columns of -inf have a difference."""
+    log2_e = tl.full((), LOG2_E, z.dtype)
+    bits = tl.fma(z - maximum, log2_e, -tl.log(sumexp) * log2_e)
+    return tl.maximum(bits, -1e30)
 
 
 @triton.jit
-def _expm1_of_negative(x):
+def to_mixture(bits_p, bits_q, BETA: tl.constexpr):
+    """p, q, log(m / p) and log(q / m) of `m = BETA q + (1 - BETA) p`, from log2 p and
+    log2 q; exact also where m is nearly p or q."""
+    gap = bits_q - bits_p
+    size = tl.abs(gap)
+    larger, quotient = tl.exp2(tl.maximum(bits_p, bits_q)), tl.exp2(-size)
+    smaller = larger * quotient
+    ln_2 = tl.full((), LN_2, gap.dtype)
+    share = BETA + (1 - 2 * BETA) * (gap > 0).to(gap.dtype)
+    log_m = _log1p(share * _less_one(quotient, size * ln_2))
+    p, q = tl.where(gap > 0, smaller, larger), tl.where(gap > 0, larger, smaller)
+    m_by_p = tl.maximum(gap, 0.0) * ln_2 + log_m
+    return p, q, m_by_p, tl.minimum(gap, 0.0) * ln_2 - log_m
+
+
+@triton.jit
+def _less_one(exp, x):
     """exp(-x) - 1 for x >= 0."""
-    series = -x * (1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5))))
-    return tl.where(x < 0.01, series, tl.exp(-x) - 1)
+    series = -x * (1 - x * (1 / 2 - x * (1 / 6 - x * (1 / 24 - x * (1 / 120)))))
+    return tl.where(x < 0.01, series, exp - 1)
 
 
 @triton.jit
 def _log1p(x):
-    """What the sum loses of x, the quotient puts back (Higham, section 1.14.1)."""
+    """For -1 < x <= 0. What the sum loses of x is small beside a sum that loses any."""
     sum = 1 + x
-    lost = tl.where(sum == 1, 1.0, sum - 1)
-    return tl.where(sum == 1, x, tl.log(sum) * (x / lost))
+    return tl.log(sum) + (x - (sum - 1))
 
 
 @triton.jit

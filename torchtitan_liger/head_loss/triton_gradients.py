@@ -16,6 +16,7 @@ from torchtitan_liger.head_loss.triton_blocks import (
     load_logits,
     load_optional,
     load_raw,
+    log2_of,
     origin_of,
     product,
     store_gradient,
@@ -98,8 +99,9 @@ def gradient_kernel(
             if log_teacher is not None:
                 factor += by_log_teacher * log_q
             if mixture is not None:
-                log_p = (z - maximum) - tl.log(sumexp)
-                m_by_p, _q_by_m = to_mixture(log_p, log_q, BETA)
+                _p, _q, m_by_p, _q_by_m = to_mixture(
+                    log2_of(z, maximum, sumexp), log2_of(v, t_maximum, t_sumexp), BETA
+                )
                 factor += by_mixture * m_by_p
         grad = product(p, factor)
         if by_teacher is not None:

@@ -8,18 +8,18 @@ import triton
 import triton.language as tl
 
 from torchtitan_liger.head_loss.triton_blocks import (
+    LN_2,
     at_least_one,
     bits_above,
     bits_to,
     finite,
     load_logit,
     load_logits,
+    log2_of,
     origin_of,
     product,
     to_mixture,
 )
-
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -224,9 +224,9 @@ def mixture_kernel(
     teacher += row * teacher_stride
     dtype: tl.constexpr = shares.dtype.element_ty
     origin = finite(tl.load(maxima + row))
-    log_sumexp = tl.log(tl.load(sumexps + row))
+    sumexp = tl.load(sumexps + row)
     t_origin = finite(tl.load(teacher_maxima + row))
-    t_log_sumexp = tl.log(tl.load(teacher_sumexps + row))
+    t_sumexp = tl.load(teacher_sumexps + row)
     student_kl = tl.zeros([BLOCK], dtype)
     teacher_kl = tl.zeros([BLOCK], dtype)
     for start in range(0, num_columns, BLOCK):
@@ -235,10 +235,10 @@ def mixture_kernel(
         v = load_logits(
             teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
         )
-        log_p = (z - origin) - log_sumexp
-        log_q = (v - t_origin) - t_log_sumexp
-        m_by_p, q_by_m = to_mixture(log_p, log_q, BETA)
-        student_kl -= product(tl.exp(log_p), m_by_p)
-        teacher_kl += product(tl.exp(log_q), q_by_m)
+        p, q, m_by_p, q_by_m = to_mixture(
+            log2_of(z, origin, sumexp), log2_of(v, t_origin, t_sumexp), BETA
+        )
+        student_kl -= product(p, m_by_p)
+        teacher_kl += product(q, q_by_m)
     tl.store(shares + row, tl.sum(student_kl, axis=0))
     tl.store(shares + num_rows + row, tl.sum(teacher_kl, axis=0))

@@ -5,6 +5,7 @@ What is None, or has no place, is compiled away.
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -121,33 +122,35 @@ def product(weights, values):
 
 @triton.jit
 def log2_of(z, maximum, sumexp):
-    """log2 of a softmax; finite, so that two columns of -inf have a difference."""
+    """log2 of a softmax; what is below -120, as -inf is, counts for nothing."""
     log2_e = tl.full((), LOG2_E, z.dtype)
     bits = tl.fma(z - maximum, log2_e, -tl.log(sumexp) * log2_e)
-    return tl.maximum(bits, -1e30)
+    return tl.maximum(bits, -120.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def to_mixture(bits_p, bits_q, BETA: tl.constexpr):
-    """p, q, log(m / p) and log(q / m) of `m = BETA q + (1 - BETA) p`, from log2 p and
-    log2 q; exact also where m is nearly p or q."""
-    gap = bits_q - bits_p
-    size = tl.abs(gap)
-    larger, quotient = tl.exp2(tl.maximum(bits_p, bits_q)), tl.exp2(-size)
-    smaller = larger * quotient
+def to_mixture(bits_p, bits_q, BETA: tl.constexpr, FAST: tl.constexpr):
+    """p, q, log(m / p) and log(q / m) of `m = BETA q + (1 - BETA) p`, from `log2_of` both.
+
+    Exact also where m is nearly p or q; if FAST, to 4e-7, in half the instructions.
+    """
+    p, gap = tl.exp2(bits_p), bits_q - bits_p
+    q_by_p = tl.exp2(gap)
     ln_2 = tl.full((), LN_2, gap.dtype)
+    if FAST:
+        log_m = libdevice.fast_log2f(BETA * q_by_p + (1 - BETA))
+        return p, p * q_by_p, log_m * ln_2, (gap - log_m) * ln_2
     share = BETA + (1 - 2 * BETA) * (gap > 0).to(gap.dtype)
-    log_m = _log1p(share * _less_one(quotient, size * ln_2))
-    p, q = tl.where(gap > 0, smaller, larger), tl.where(gap > 0, larger, smaller)
+    log_m = _log1p(share * _expm1_of_negative(tl.abs(gap) * ln_2))
     m_by_p = tl.maximum(gap, 0.0) * ln_2 + log_m
-    return p, q, m_by_p, tl.minimum(gap, 0.0) * ln_2 - log_m
+    return p, p * q_by_p, m_by_p, tl.minimum(gap, 0.0) * ln_2 - log_m
 
 
 @triton.jit
-def _less_one(exp, x):
+def _expm1_of_negative(x):
     """exp(-x) - 1 for x >= 0."""
-    series = -x * (1 - x * (1 / 2 - x * (1 / 6 - x * (1 / 24 - x * (1 / 120)))))
-    return tl.where(x < 0.01, series, exp - 1)
+    series = -x * (1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5))))
+    return tl.where(x < 0.01, series, tl.exp(-x) - 1)
 
 
 @triton.jit

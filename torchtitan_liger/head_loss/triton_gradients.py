@@ -49,6 +49,7 @@ def gradient_kernel(
     by_candidates,
     NUM_CANDIDATES: tl.constexpr,
     BETA: tl.constexpr,
+    FAST: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr,
@@ -100,7 +101,10 @@ def gradient_kernel(
                 factor += by_log_teacher * log_q
             if mixture is not None:
                 _p, _q, m_by_p, _q_by_m = to_mixture(
-                    log2_of(z, maximum, sumexp), log2_of(v, t_maximum, t_sumexp), BETA
+                    log2_of(z, maximum, sumexp),
+                    log2_of(v, t_maximum, t_sumexp),
+                    BETA,
+                    FAST,
                 )
                 factor += by_mixture * m_by_p
         grad = product(p, factor)

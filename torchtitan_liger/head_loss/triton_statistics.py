@@ -213,6 +213,7 @@ def mixture_kernel(
     shares,
     num_rows,
     BETA: tl.constexpr,
+    FAST: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr,
@@ -236,9 +237,9 @@ def mixture_kernel(
             teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
         )
         p, q, m_by_p, q_by_m = to_mixture(
-            log2_of(z, origin, sumexp), log2_of(v, t_origin, t_sumexp), BETA
+            log2_of(z, origin, sumexp), log2_of(v, t_origin, t_sumexp), BETA, FAST
         )
-        student_kl -= product(p, m_by_p)
-        teacher_kl += product(q, q_by_m)
+        student_kl -= p * m_by_p
+        teacher_kl += q * q_by_m
     tl.store(shares + row, tl.sum(student_kl, axis=0))
     tl.store(shares + num_rows + row, tl.sum(teacher_kl, axis=0))

@@ -141,6 +141,16 @@ def test_the_mixture_of_unlikely_words_is_finite_and_of_likely_ones_is_exact(
         torch.testing.assert_close(shares[0].double(), shares[1], rtol=1e-5, atol=2e-7)
 
 
+@pytest.mark.parametrize("of_teacher", [True, False])
+def test_a_mixture_of_nothing_known_is_unknown(impl, of_teacher):
+    z, v, _, _ = draw()
+    (v if of_teacher else z)[3, 7] = torch.nan
+    sums = sums_of(impl, z, v, *NOTHING)
+    shares = impl.mixture_sweep(z, PLAIN, TeacherLogits(v, PLAIN), sums, 0.5)
+    assert shares[:, 3].isnan().all()
+    assert shares.isnan().sum() == 2
+
+
 def test_a_shard_may_have_no_likely_column_or_none_at_all(impl):
     _, v, _, _ = draw()
     for width in (0, 40):

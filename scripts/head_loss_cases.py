@@ -20,6 +20,7 @@ from head_loss_mixtures import (
     CROSS_ENTROPY,
     IGNORE_INDEX,
     MIXTURES,
+    MORE_MIXTURES,
     Inputs,
     Mixture,
     plain_loss,
@@ -67,8 +68,12 @@ def autograd_case(
     return Case(name, prepare, mixture)
 
 
-def prepare_floor(inputs: Inputs) -> Step:
-    """The three products alone, on all rows, into memory that is there already."""
+def prepare_floor(inputs: Inputs, *, passes: int = 0) -> Step:
+    """The three products alone, on all rows, into memory that is there already.
+
+    Args:
+        passes: over the logits, in place, each at the speed of memory.
+    """
     hidden_TD, weight_VD = inputs.hidden_TD.detach(), inputs.weight_VD.detach()
     d_logits_TV = logits_gradient(inputs)
     logits_TV = torch.empty_like(d_logits_TV)
@@ -76,6 +81,8 @@ def prepare_floor(inputs: Inputs) -> Step:
 
     def step() -> None:
         torch.mm(hidden_TD, weight_VD.T, out=logits_TV)
+        for _ in range(passes):
+            logits_TV.mul_(0.5)
         torch.mm(d_logits_TV, weight_VD, out=d_hidden_TD)
         torch.mm(d_logits_TV.T, hidden_TD, out=d_weight_VD)
 
@@ -116,6 +123,11 @@ def torchtitan_loss(compiled: bool) -> Callable[..., torch.Tensor]:
 
 
 FLOOR = Case("floor: the three products", prepare_floor, has_gradients=False)
+ONE_PASS = Case(
+    "the three products and one pass",
+    partial(prepare_floor, passes=1),
+    has_gradients=False,
+)
 STOCK = autograd_case("stock eager", partial(stock_loss, compiled=False))
 COMPILED = autograd_case("stock compiled", partial(stock_loss, compiled=True))
 
@@ -205,6 +217,7 @@ def cut_cross_entropy_loss(inputs: Inputs) -> torch.Tensor:
 # In the order of the table.
 FAMILIES: dict[str, Callable[[Namespace], Iterable[Case]]] = {
     "floor": lambda args: [FLOOR],
+    "one-pass": lambda args: [ONE_PASS],
     "stock": lambda args: [STOCK],
     "compiled": lambda args: [COMPILED],
     "torch": torch_own,
@@ -266,7 +279,7 @@ TEACHER_PRODUCT = Case(
 
 def mixture_cases() -> Iterator[Case]:
     """Each mixture in one call, as a call per term, and from full logits."""
-    for mixture in MIXTURES:
+    for mixture in (*MIXTURES, *MORE_MIXTURES):
         name, terms = mixture.name, mixture.terms
         one_call = partial(calls_loss, mixture, [terms])
         yield autograd_case(f"{name}: one call", one_call, mixture)

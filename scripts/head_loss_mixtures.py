@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -101,29 +101,45 @@ class Mixture:
 
     @property
     def has_teacher(self) -> bool:
-        return any(isinstance(term, Distillation) for term in self.terms)
+        return self.undistilled != self.terms
+
+    @property
+    def undistilled(self) -> tuple[Term, ...]:
+        return tuple(t for t in self.terms if not isinstance(t, Distillation))
 
 
 CROSS_ENTROPY = Mixture("cross entropy", (CrossEntropy(),))
+POLICY = Mixture(
+    "cross entropy + z-loss + entropy + accuracy + GRPO",
+    (CrossEntropy(), ZLoss(1e-4), EntropyBonus(0.01), PolicyGradient("ppo")),
+    accuracy=True,
+)
+DISTILLATIONS = {
+    "forward KL": Distillation(),
+    "reverse KL": Distillation("reverse_kl"),
+    "JSD": Distillation("jsd"),
+}
+
+
+def distilled(mixture: Mixture) -> list[Mixture]:
+    """The mixture with each kind of distillation."""
+    return [
+        replace(
+            mixture,
+            name=f"{mixture.name} + distillation ({kind})",
+            terms=(*mixture.terms, term),
+        )
+        for kind, term in DISTILLATIONS.items()
+    ]
+
+
 MIXTURES = (
     CROSS_ENTROPY,
     Mixture("cross entropy + z-loss", (CrossEntropy(), ZLoss(1e-4))),
-    Mixture(
-        "cross entropy + z-loss + entropy + accuracy + GRPO",
-        (CrossEntropy(), ZLoss(1e-4), EntropyBonus(0.01), PolicyGradient("ppo")),
-        accuracy=True,
-    ),
-    Mixture(
-        "cross entropy + distillation (forward KL)", (CrossEntropy(), Distillation())
-    ),
-    Mixture(
-        "cross entropy + distillation (reverse KL)",
-        (CrossEntropy(), Distillation("reverse_kl")),
-    ),
-    Mixture(
-        "cross entropy + distillation (JSD)", (CrossEntropy(), Distillation("jsd"))
-    ),
+    POLICY,
+    *distilled(CROSS_ENTROPY),
 )
+MORE_MIXTURES = distilled(POLICY)  # of which a sharded vocabulary tells nothing new
 
 
 class FullSoftmax(NamedTuple):

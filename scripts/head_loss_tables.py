@@ -33,8 +33,9 @@ parentheses, divided by the error of full logits in plain torch in the inputs' d
 is one number, whose error can be small by chance.
 """
 OF_TEACHERS = """
-The overhead of a distillation is its time without that of cross entropy alone (the first
-row) and without that of the teacher's product alone, as a share of cross entropy alone.
+The overhead of a distillation is its time without that of one call with the other losses
+and without that of the teacher's product alone, as a share of cross entropy alone (the
+first row).
 """
 MEMORY = {
     "cuda": "torch.cuda.max_memory_allocated",

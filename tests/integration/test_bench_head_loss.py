@@ -68,9 +68,11 @@ def test_every_implementation_has_a_row_with_figures_or_a_reason(bench, cases):
     assert names[0].startswith("floor")
     assert rows[0]["result"] == "ok"
     assert float(rows[0]["ratio"]) == 1
+    assert names[1] == "the three products and one pass"
+    assert rows[1]["result"] == "ok"
     assert {"stock eager", "chunked, 256 MiB", "chunked, 1 MiB"} < set(names)
     assert {"Liger, default", "Liger, chunk_mem_const 4"} < set(names)
-    for row in rows[1:]:
+    for row in rows[2:]:
         assert row["implementation"] in text
         assert row["result"] in text
         if not row["result"].startswith("not available: "):
@@ -87,18 +89,22 @@ def test_each_mixture_is_measured_in_one_call_in_several_and_from_full_logits(
 ):
     rows, text = bench("--mixtures", "--ignored", "0", "0.5")
     half = len(rows) // 2
-    assert half == 3 * len(mixtures.MIXTURES)  # one has no calls; and the product
+    count = len(mixtures.MIXTURES) + len(mixtures.MORE_MIXTURES)
+    assert half == 3 * count  # one has no calls; and the product
     assert [row["ignored"] for row in rows[::half]] == ["0.0", "0.5"]
     for *losses, product in (rows[:half], rows[half:]):
         assert product["implementation"] == "teacher's product alone"
-        base_ms, product_ms = float(losses[0]["ms"]), float(product["ms"])
+        ms = {row["implementation"]: float(row["ms"]) for row in losses}
         for row in losses:
             check_figures(row)
-            if "distillation" not in row["implementation"]:
+            others, *of_teacher = row["implementation"].split(" + distillation")
+            if not of_teacher:
                 assert not row["overhead"]
                 continue
-            beyond_ms = float(row["ms"]) - base_ms - product_ms
-            assert float(row["overhead"]) == pytest.approx(beyond_ms / base_ms)
+            beyond_ms = float(row["ms"]) - ms[f"{others}: one call"]
+            beyond_ms -= float(product["ms"])
+            share = beyond_ms / ms["cross entropy: one call"]
+            assert float(row["overhead"]) == pytest.approx(share)
     assert "| overhead |" in text
     assert "The overhead of a distillation" in text
 

@@ -4,14 +4,15 @@
 a token's loss depends on tokens of other chunks, all statistics before any gradient.
 
 Gradients are computed in the forward pass, while the logits exist, and scaled by the
-incoming gradient in the backward pass. Nothing here waits for a GPU.
+incoming gradient in the backward pass. float16 may not hold them without that scale: its
+logits are computed once more in the backward pass. Nothing here waits for a GPU.
 
 `T` tokens, `N` of them that count, `D` width, `v` this rank's columns of the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from torchtitan_liger.head_loss.statistics import (
     Partials,
     Statistics,
 )
-from torchtitan_liger.head_loss.terms import Term, needs_of
+from torchtitan_liger.head_loss.terms import needs_of
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
@@ -48,19 +49,27 @@ class ChunkedHeadLoss(torch.autograd.Function):
         call: HeadCall,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         need_d_hidden, need_d_weight, need_d_weights, _ = ctx.needs_input_grad
+        ctx.later = call.products_dtype == torch.float16
+        now = call.with_grad and not ctx.later
         result = run(
             hidden_TD,
             weight_vD,
             token_weights_N,
             call,
-            need_d_hidden=call.with_grad and need_d_hidden,
-            need_d_weight=call.with_grad and need_d_weight,
+            need_d_hidden=now and need_d_hidden,
+            need_d_weight=now and need_d_weight,
         )
         ctx.dtypes = hidden_TD.dtype, weight_vD.dtype
         d_token_weights_N = result.by_row_N if need_d_weights else None
-        ctx.save_for_backward(
-            result.late, d_token_weights_N, result.d_hidden_TD, result.d_weight_vD
-        )
+        if ctx.later:
+            ctx.call = call
+            # What is read once more may not change until then.
+            again = hidden_TD, weight_vD, token_weights_N, *call.read_again()
+            ctx.save_for_backward(d_token_weights_N, *again)
+        else:
+            ctx.save_for_backward(
+                d_token_weights_N, result.d_hidden_TD, result.d_weight_vD
+            )
         ctx.mark_non_differentiable(result.by_term, result.metrics)
         return result.loss, result.by_term, result.metrics
 
@@ -69,13 +78,27 @@ class ChunkedHeadLoss(torch.autograd.Function):
     def backward(
         ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        late, d_token_weights_N, *grads = ctx.saved_tensors
-        scaled = (
-            None if grad is None else scale_gradient(grad, grad_loss * late, dtype)
-            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
-        )
+        d_token_weights_N, *saved = ctx.saved_tensors
         if d_token_weights_N is not None:
             d_token_weights_N = d_token_weights_N * grad_loss
+        grads = saved
+        if ctx.later:
+            hidden_TD, weight_vD, token_weights_N, *_ = saved
+            need_d_hidden, need_d_weight, *_ = ctx.needs_input_grad
+            result = run(
+                hidden_TD,
+                weight_vD,
+                token_weights_N,
+                ctx.call._replace(scale=ctx.call.scale * grad_loss),
+                need_d_hidden=need_d_hidden,
+                need_d_weight=need_d_weight,
+            )
+            grads = [result.d_hidden_TD, result.d_weight_vD]
+            grad_loss = torch.ones_like(grad_loss)
+        scaled = (
+            None if grad is None else scale_gradient(grad, grad_loss, dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        )
         return *scaled, d_token_weights_N, None
 
 
@@ -137,7 +160,6 @@ class Result(NamedTuple):
     by_row_N: torch.Tensor  # each token's loss before its weight, scaled
     by_term: torch.Tensor  # scaled
     metrics: torch.Tensor  # sums, not scaled
-    late: torch.Tensor  # [] what the gradients still have to be multiplied by
     d_hidden_TD: torch.Tensor | None
     d_weight_vD: torch.Tensor | None
 
@@ -157,13 +179,6 @@ def run(
     if token_weights_N is not None:
         valid_N = call.labels_N != call.options.ignore_index
         row_weight_N = torch.where(valid_N, token_weights_N.to(one.dtype), 0.0)
-    # The scale belongs to the gradients before they are rounded to the products' dtype.
-    # Only float16 cannot hold them then: there it is applied at the end, and until then
-    # the largest weight is near one.
-    early, late = call.scale, one
-    if call.products_dtype == torch.float16:
-        early = _to_unit(call.terms, row_weight_N)
-        late = call.scale / early
     with torch.autocast(hidden_TD.device.type, enabled=False):
         passes = Passes(
             hidden_TD,
@@ -173,7 +188,8 @@ def run(
             need_d_weight=need_d_weight,
         )
         with_grad = need_d_hidden or need_d_weight
-        weight_N = early * row_weight_N
+        # The scale belongs to the gradients before they are rounded.
+        weight_N = call.scale * row_weight_N
         parts = []
         if with_grad and _at_once(call):
             for rows in call.chunks():
@@ -200,19 +216,10 @@ def run(
     return Result(
         (values.by_row * row_weight_N).sum() * call.scale,
         values.by_row * call.scale,
-        values.by_term * late,
+        values.by_term,
         metrics,
-        late,
         *passes.totals(),
     )
-
-
-def _to_unit(terms: Sequence[Term], row_weight_N: torch.Tensor) -> torch.Tensor:
-    """[] the power of two that brings the largest weight of a token to (1/2, 1]."""
-    largest_N = max(abs(term.weight) for term in terms) * row_weight_N.abs()
-    zero = largest_N.new_zeros(1)  # the largest of no tokens
-    bits = torch.cat([largest_N, zero]).amax().log2().ceil()
-    return torch.where(bits.isfinite(), torch.exp2(-bits), 1.0)
 
 
 def _one_by_one(passes: Passes) -> Iterator[tuple[slice, Softmax, Chunk]]:

@@ -56,7 +56,8 @@ def recipe_of(terms: tuple[Term, ...], options: HeadLossOptions) -> Recipe:
 
 def fits(call: HeadCall) -> bool:
     """Whether a graph can hold the call; other calls break the graph."""
-    return call.shard is None and call.teacher is None and call.sequences is None
+    is_whole = call.shard is None and call.teacher is None and call.sequences is None
+    return is_whole and call.products_dtype != torch.float16  # not all in one go
 
 
 def apply(
@@ -116,7 +117,6 @@ def _head_loss(
     torch.Tensor,
     torch.Tensor,
     torch.Tensor,
-    torch.Tensor,
 ]:
     recipe = _recipes[recipe_name]
     call = HeadCall(
@@ -151,7 +151,6 @@ def _head_loss(
         result.by_term,
         result.metrics,
         result.by_row_N,
-        result.late.clone(),
         none if result.d_hidden_TD is None else result.d_hidden_TD,
         none.clone() if result.d_weight_vD is None else result.d_weight_vD,
     )
@@ -198,7 +197,6 @@ def _(
         scale.new_empty(len(recipe.terms)),
         scale.new_empty(len(recipe.metrics.names)),
         scale.new_empty(labels_N.shape),
-        torch.empty_like(scale),
         torch.empty_like(hidden_TD, dtype=products_dtype) if need_d_hidden else none,
         weight_vD.new_empty(weight_vD.shape, dtype=sum_dtype)
         if need_d_weight
@@ -207,17 +205,17 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, _, _, by_row_N, late, d_hidden_TD, d_weight_vD = output
+    _, _, _, by_row_N, d_hidden_TD, d_weight_vD = output
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
     ctx.weights_dtype = None if inputs[2] is None else inputs[2].dtype
     ctx.num_rows = len(inputs[6])
-    ctx.save_for_backward(by_row_N, late, d_hidden_TD, d_weight_vD)
+    ctx.save_for_backward(by_row_N, d_hidden_TD, d_weight_vD)
 
 
 def _backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
-    by_row_N, late, d_hidden_TD, d_weight_vD = ctx.saved_tensors
+    by_row_N, d_hidden_TD, d_weight_vD = ctx.saved_tensors
     need_d_hidden, need_d_weight, need_d_weights, *_ = ctx.needs_input_grad
-    factor = (grad_loss * late).reshape(1)
+    factor = grad_loss.reshape(1)
     d_hidden = (d_hidden_TD * factor).to(ctx.dtypes[0]) if need_d_hidden else None
     d_weight = (d_weight_vD * factor).to(ctx.dtypes[1]) if need_d_weight else None
     d_weights = None

@@ -326,8 +326,6 @@ def weight_sum_dtype(
     single_chunk: bool,
 ) -> torch.dtype:
     """The dtype in which the weight's gradient is summed; never below the products'."""
-    if products_dtype == torch.float16:
-        return torch.float32  # it is scaled later, and may be large here
     if single_chunk and weight_dtype == products_dtype:
         return products_dtype  # no sum to lose precision in
     return torch.promote_types(acc_dtype, products_dtype)

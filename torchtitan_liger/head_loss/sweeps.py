@@ -231,8 +231,13 @@ def _to_mixture(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log(m / p) and log(q / m) of `m = beta q + (1 - beta) p`; also of small ones."""
     gap = log_q - log_p
-    share = beta + (1 - 2 * beta) * (gap > 0).to(gap.dtype)
-    log_m = torch.log1p(share * torch.expm1(-gap.abs()))
+    # Of the smaller and the larger one; neither may be what the other leaves of 1.
+    of_p, of_q = gap.new_full((), 1 - beta), gap.new_full((), beta)
+    small, large = torch.where(gap > 0, of_p, of_q), torch.where(gap > 0, of_q, of_p)
+    lost = small * torch.expm1(-gap.abs())
+    log_m = torch.where(
+        lost > -0.5, lost.log1p(), (large + small * (-gap.abs()).exp()).log()
+    )
     return gap.clamp(min=0) + log_m, gap.clamp(max=0) - log_m
 
 

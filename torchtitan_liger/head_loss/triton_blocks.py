@@ -123,7 +123,7 @@ def product(weights, values):
 @triton.jit
 def log2_of(z, maximum, sumexp):
     """log2 of a softmax; what is below -120, as -inf is, counts for nothing."""
-    log2_e = tl.full((), LOG2_E, z.dtype)
+    log2_e = tl.full((), LOG2_E, maximum.dtype)
     bits = tl.fma(z - maximum, log2_e, -tl.log(sumexp) * log2_e)
     return tl.maximum(bits, -120.0, propagate_nan=tl.PropagateNan.ALL)
 
@@ -132,7 +132,8 @@ def log2_of(z, maximum, sumexp):
 def to_mixture(bits_p, bits_q, BETA: tl.constexpr, FAST: tl.constexpr):
     """p, q, log(m / p) and log(q / m) of `m = BETA q + (1 - BETA) p`, from `log2_of` both.
 
-    Exact also where m is nearly p or q; if FAST, to 4e-7, in half the instructions.
+    Exact also where m is nearly p or q. If FAST, in half the instructions: the logarithms
+    to 4e-7 where they are small, and to 4e-7 of them elsewhere.
     """
     p, gap = tl.exp2(bits_p), bits_q - bits_p
     q_by_p = tl.exp2(gap)
@@ -140,8 +141,12 @@ def to_mixture(bits_p, bits_q, BETA: tl.constexpr, FAST: tl.constexpr):
     if FAST:
         log_m = libdevice.fast_log2f(BETA * q_by_p + (1 - BETA))
         return p, p * q_by_p, log_m * ln_2, (gap - log_m) * ln_2
-    share = BETA + (1 - 2 * BETA) * (gap > 0).to(gap.dtype)
-    log_m = _log1p(share * _expm1_of_negative(tl.abs(gap) * ln_2))
+    # Of the smaller and the larger one; neither may be what the other leaves of 1.
+    of_p, of_q = tl.full((), 1 - BETA, gap.dtype), tl.full((), BETA, gap.dtype)
+    small, large = tl.where(gap > 0, of_p, of_q), tl.where(gap > 0, of_q, of_p)
+    size = tl.abs(gap) * ln_2
+    lost = small * _expm1_of_negative(size)
+    log_m = tl.where(lost > -0.5, _log1p(lost), tl.log(large + small * tl.exp(-size)))
     m_by_p = tl.maximum(gap, 0.0) * ln_2 + log_m
     return p, p * q_by_p, m_by_p, tl.minimum(gap, 0.0) * ln_2 - log_m
 
@@ -155,7 +160,7 @@ def _expm1_of_negative(x):
 
 @triton.jit
 def _log1p(x):
-    """For -1 < x <= 0. What the sum loses of x is small beside a sum that loses any."""
+    """For -1 < x <= 0: what the sum loses of x is small beside a sum that loses any."""
     sum = 1 + x
     return tl.log(sum) + (x - (sum - 1))
 

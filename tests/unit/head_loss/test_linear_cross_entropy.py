@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from torchtitan_liger.head_loss import (
     CrossEntropy,
     HeadLoss,
     HeadLossOptions,
+    PolicyGradient,
     engine,
     linear_cross_entropy,
 )
@@ -91,25 +93,71 @@ def test_loss_scaling_keeps_small_gradients_in_float16():
     assert ours.errors(truth)["d_weight"] < 2e-3
 
 
-@pytest.mark.parametrize("weight", [1.0, 1e-4])
-@pytest.mark.parametrize("token_weight", [1.0, 2.0**-15, 1e5, 0.0])
-def test_weights_are_no_matter_of_float16s_range(token_weight, weight):
-    """Weights, a normalizer and a loss scale whose product float16 can hold."""
-    problem = Problem(T=32, D=16, V=4096).rounded(torch.float16)
-    weights = torch.full((32,), token_weight)
-    head = HeadLoss([CrossEntropy(weight=weight)])
+WIDE = torch.logspace(-3, 3, 64)[torch.randperm(64, generator=torch.manual_seed(0))]
+IN_RANGE = {  # a term, its inputs, the normalizer, the loss's scale
+    "small weights": (CrossEntropy(weight=2.0**-24), {}, 2.0**-18, 1.0),
+    "large weights": (CrossEntropy(weight=1e6), {}, 1e8, 2.0**10),
+    "small tokens": (CrossEntropy(), {"token_weights": 1e-6 * WIDE}, 1e-4, 1.0),
+    "large tokens": (CrossEntropy(), {"token_weights": 1e5 * WIDE}, 1e6, 1.0),
+    "no weights": (CrossEntropy(), {"token_weights": 0 * WIDE}, 1.0, 2.0**10),
+    "small slopes": (
+        PolicyGradient("reinforce"),
+        {"advantages": 1e-6 * WIDE},
+        1.0,
+        2.0**16,
+    ),
+    "large slopes": (
+        PolicyGradient("reinforce", weight=1e-3),
+        {"advantages": 1e5 * WIDE},
+        1e4,
+        1.0,
+    ),
+    "both": (
+        PolicyGradient("reinforce", weight=1e4),
+        {"advantages": 1e-6 * WIDE},
+        1.0,
+        1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_RANGE)
+def test_float16_has_only_to_hold_what_plain_torch_has_it_hold(case):
+    """Weights, inputs, a normalizer and a loss scale whose product float16 can hold."""
+    term, inputs, normalizer, loss_scale = IN_RANGE[case]
+    problem = Problem(T=64, D=16, V=1024).rounded(torch.float16)
+    head, (by_token,) = HeadLoss([term]), inputs.values() or [torch.ones(64)]
 
     def loss_of(*args):
-        total = max(token_weight * weight, 1e-30) * 32
-        return head(*args, token_weights=weights, normalizer=total).loss
+        return head(*args, normalizer=normalizer, **inputs).loss
 
-    truth = problem.run(loss_of, upstream=2.0**10)
-    ours = problem.run(loss_of, torch.float16, upstream=2.0**10)
-    errors = ours.errors(truth)
-    if token_weight:
-        assert max(errors["d_hidden"], errors["d_weight"]) < 1e-3
-    else:
-        assert ours.d_hidden.count_nonzero() == ours.d_weight.count_nonzero() == 0
+    def plain_loss_of(hidden, weight, labels):
+        logits = hidden @ weight.T
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return term.weight * (by_token * losses).sum() / normalizer
+
+    truth = problem.run(plain_loss_of, upstream=loss_scale)
+    plain = problem.run(plain_loss_of, torch.float16, upstream=loss_scale).errors(truth)
+    ours = problem.run(loss_of, torch.float16, upstream=loss_scale).errors(truth)
+    assert math.isfinite(max(plain.values()))
+    for name, error in plain.items():
+        assert ours[name] <= max(2 * error, 2e-7), (ours, plain)
+
+
+def test_float16_reads_again_what_it_has_read():
+    problem = Problem(T=9, D=4, V=11, ignored=0).rounded(torch.float16)
+    hidden = problem.hidden.half().requires_grad_()
+    weight = problem.weight.half()
+    weights = torch.ones(9)
+    loss = linear_cross_entropy(hidden, weight, problem.labels, token_weights=weights)
+    loss.backward(retain_graph=True)
+    first = hidden.grad.clone()
+    loss.backward(retain_graph=True)
+    assert torch.equal(hidden.grad, 2 * first)
+    weights.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])

@@ -114,6 +114,43 @@ def test_a_teacher_may_be_narrower_than_the_student(impl):
         torch.testing.assert_close(sums[name], value, rtol=1e-12, atol=1e-12, msg=name)
 
 
+def test_a_mixture_with_a_narrower_teacher_is_as_exact(impl):
+    z, v, _, _ = draw()
+    v = v.float()
+    sums = sums_of(impl, z, v, *NOTHING)
+    zeros, ones = torch.zeros(C).double(), torch.ones(C).double()
+    by = Coefficients(
+        sums["max"],
+        sums["sumexp"],
+        softmax=zeros,
+        label=zeros,
+        teacher_max=sums["teacher_max"],
+        teacher_sumexp=sums["teacher_sumexp"],
+        mixture=ones,
+    )
+    results = []
+    for run, dtype in ((impl, torch.float32), (sweeps, torch.float64)):
+        u, teacher = z.clone(), TeacherLogits(v.to(dtype), PLAIN)
+        shares = run.mixture_sweep(u, PLAIN, teacher, sums, 0.3)
+        run.gradient_sweep(
+            u, torch.full((C,), -1), PLAIN, by, teacher=teacher, jsd_beta=0.3
+        )
+        results.append((shares, u))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [1e-6, 0.001, 0.999, 0.999999])
+def test_a_mixture_that_is_nearly_one_of_the_two_is_exact(impl, beta):
+    g = torch.Generator().manual_seed(0)
+    z, v = 6 * torch.randn(2, C, V, generator=g)
+    shares = []
+    for run, dtype in ((impl, torch.float32), (sweeps, torch.float64)):
+        teacher = TeacherLogits(v.to(dtype), PLAIN)
+        sums = sums_of(run, z.to(dtype), teacher.logits_Cv, *NOTHING)
+        shares.append(run.mixture_sweep(z.to(dtype), PLAIN, teacher, sums, beta))
+    torch.testing.assert_close(shares[0].double(), shares[1], rtol=1e-6, atol=1e-6)
+
+
 def test_what_underflows_has_no_share_in_a_gap_even_if_the_teacher_is_masked(impl):
     z, v, _, _ = draw(torch.float32)
     z[:, : V - 600], v[:, : V - 600] = -200, -torch.inf

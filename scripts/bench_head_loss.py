@@ -23,6 +23,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import environment  # noqa: F401
 import head_loss_tp
 import torch
 from head_loss_cases import (

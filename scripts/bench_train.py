@@ -38,6 +38,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import environment  # noqa: F401
 from provenance import heading
 
 from torchtitan_liger.loss_curves import (
@@ -275,7 +276,11 @@ def measure(config: Path, impl: str, args: argparse.Namespace, size: int = 0) ->
         code = run(command, variables, path, args.limit)
         log = path.read_text(errors="replace")
     print(f"    {time.monotonic() - start:.0f} s", flush=True)
-    return row | read_log(log, args.warmup) | {"result": verdict(code, log, args.limit)}
+    row |= read_log(log, args.warmup)
+    row["result"] = verdict(code, log, args.limit)
+    if row["result"] == OK and not (args.largest or row["tokens/s per device"]):
+        row["result"] = "no step logged after --warmup"
+    return row
 
 
 def run(

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import environment  # noqa: F401
 from provenance import heading
 from torch import cuda
 

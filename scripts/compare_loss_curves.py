@@ -8,12 +8,10 @@
 The exit code is the answer: 0 same, 1 different, 2 cannot tell. The folder --output gets
 report.md, report.json and curves.png; report.md has the rule behind the answer.
 """
-# ruff: noqa: E402 (the package may have to be found first)
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import shlex
@@ -26,13 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-
-if not all(map(importlib.util.find_spec, ("torchtitan", "torchtitan_liger"))):
-    # This Python cannot train: go on in the environment of run_train.sh.
-    setup = f'source "{ROOT}/scripts/setup_env.sh" "" && exec "$PYTHON" "$0" "$@"'
-    os.execvp("bash", ["bash", "-c", setup, *sys.argv])
-
+import environment  # noqa: F401
 from tqdm import tqdm
 
 from torchtitan_liger.loss_curves import (
@@ -53,6 +45,8 @@ from torchtitan_liger.loss_curves_report import (
     table_text,
     to_json,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 ON = "--liger_kernel.enable_fused_linear_cross_entropy"
 OFF = "--liger_kernel.no-enable_fused_linear_cross_entropy"

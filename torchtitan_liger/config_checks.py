@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -63,6 +64,30 @@ def _check_table(table: Any, section: type, name: str, path: str) -> None:
         raise ValueError(
             f"{path}: [{name}] has no weight, and without one there is no such term"
         )
+
+
+def check_options(argv: Sequence[str], toml: Mapping[str, Any]) -> None:
+    """Look for options of a term that neither they nor the TOML give a weight.
+
+    Raises:
+        ValueError: with the option; its value may be the default, and would not be missed.
+    """
+    option = re.compile(r"--head[_-]loss\.([\w-]+)\.([\w-]+)(=.*)?")
+    given: dict[str, list[str]] = {}
+    for argument in argv:
+        if match := option.fullmatch(argument):
+            name, key = (part.replace("-", "_") for part in match.groups()[:2])
+            given.setdefault(name, []).append(key)
+    defaults = HeadLoss()
+    for name, keys in given.items():
+        table = getattr(defaults, name, None)
+        known = {*keys, *toml.get("head_loss", {}).get(name, {})}
+        if getattr(table, "weight", 1.0) is None and "weight" not in known:
+            raise ValueError(
+                f"--head_loss.{name}.{keys[0]} does nothing without "
+                f"head_loss.{name}.weight: set it too, such as "
+                f"--head_loss.{name}.weight 1"
+            )
 
 
 def check_values(section: Any, name: str) -> None:

@@ -16,16 +16,22 @@ def main() -> None:
     # What it tells the user to call for help.
     sys.argv[0] = os.environ.get("LAUNCHER", "python -m torchtitan_liger.train")
     device.prepare()
+    from torch.distributed.elastic.multiprocessing.errors import record
 
+    record(_train)()  # torchrun's last lines say what was wrong
+    device.let_gloo_finish()
+
+
+def _train() -> None:
     from torchtitan.train import main as torchtitan_main
 
-    from torchtitan_liger.config_checks import check_keys
+    from torchtitan_liger.config_checks import check_keys, check_options
     from torchtitan_liger.trainer import LigerTrainer
 
     path, toml = read_toml(sys.argv[1:])
     check_keys(toml, path)
+    check_options(sys.argv[1:], toml)
     torchtitan_main(LigerTrainer)
-    device.let_gloo_finish()
 
 
 if __name__ == "__main__":

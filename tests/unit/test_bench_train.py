@@ -43,6 +43,8 @@ if batch * length > capacity:
     sys.exit(f"[rank{{ranks[-1]}}]:[rank{{ranks[-1]}}]: torch.OutOfMemoryError: CUDA out "
              "of memory. Tried to allocate 16.00 GiB.")
 for step in range(1, int(options["--training.steps"]) + 1):
+    if step > 1 and step % int(os.environ.get("STUB_LOG_FREQ", 1)):
+        continue
     for i, rank in enumerate(ranks):
         print(f"[rank{{rank}}]:[titan] root - INFO - step: {{step:2}}  loss: "
               f"{{10 - step / 10:8.5f}}  grad_norm:  1.5000  memory: {{7 + i + step / 4:5.2f}}GiB"
@@ -231,6 +233,13 @@ def test_layouts_have_labels_and_memory_is_that_of_the_worst_rank(bench, monkeyp
     assert plain["layout"] == labelled["arguments"] == degree
     assert labelled["gpus"] == "3"
     assert labelled["peak GiB"] == "16.50"  # the third rank's, at step 30
+
+
+def test_a_run_whose_speed_nobody_logged_is_not_ok(bench, monkeypatch):
+    monkeypatch.setenv("STUB_LOG_FREQ", "5")
+    assert bench("--impl", "stock", "--steps", "4", "--warmup", "1") == 1
+    (row,) = rows()
+    assert row["result"] == "no step logged after --warmup"
 
 
 def test_lack_of_memory_in_a_plain_run_is_a_row_and_a_failure(bench):

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from torchtitan_liger.config_checks import RANGES, check_keys, check_values
+from torchtitan_liger.config_checks import (
+    RANGES,
+    check_keys,
+    check_options,
+    check_values,
+)
 from torchtitan_liger.job_config import HeadLoss, LigerKernel
 
 
@@ -44,6 +49,17 @@ def test_a_table_without_a_weight_would_be_ignored():
     with pytest.raises(ValueError, match=r"\[head_loss.focal\] has no weight"):
         check_keys({"head_loss": {"focal": {"gamma": 2.0}}}, "a.toml")
     check_keys({"head_loss": {"cross_entropy": {"label_smoothing": 0.1}}}, "a.toml")
+
+
+def test_options_of_a_term_without_a_weight_would_be_ignored():
+    """Also the default value, which does not tell that it was given."""
+    for gamma in (["--head_loss.focal.gamma", "2"], ["--head-loss.focal.gamma=2"]):
+        with pytest.raises(ValueError, match=r"--head_loss.focal.gamma does nothing"):
+            check_options(gamma, {})
+        check_options([*gamma, "--head_loss.focal.weight", "0.5"], {})
+        check_options(gamma, {"head_loss": {"focal": {"weight": 0.5}}})
+    check_options(["--head_loss.cross_entropy.label_smoothing=0"], {})
+    check_options(["--head_loss.logit_softcap=30", "--head_loss.unknown.key=1"], {})
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
                 need_d_weight=need_d_weight,
             )
             grads = [result.d_hidden_TD, result.d_weight_vD]
-            grad_loss = torch.ones_like(grad_loss)
+            grad_loss = torch.ones_like(grad_loss)  # it is in them
         scaled = (
             None if grad is None else scale_gradient(grad, grad_loss, dtype)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)

@@ -38,7 +38,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import environment  # noqa: F401
+from environment import ROOT
 from provenance import heading
 
 from torchtitan_liger.loss_curves import (
@@ -49,7 +49,6 @@ from torchtitan_liger.loss_curves import (
 )
 
 MFU = "mfu(%)"
-ROOT = Path(__file__).resolve().parent.parent
 FLAG = "--liger_kernel.enable_fused_linear_cross_entropy"
 IMPLS = ("stock", "liger", "chunked", "reference")
 COLUMNS = (

@@ -18,11 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import environment  # noqa: F401
+from environment import ROOT
 from provenance import heading
 from torch import cuda
 
-ROOT = Path(__file__).resolve().parent.parent
 # Sums in float32 in another order; and a model that stock torchtitan cannot train.
 FLOOR = {"float32": 2e-6, "bfloat16": 3e-2}
 QUANTITIES = ("loss", "grad_norm", "head", "worst parameter")

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import environment  # noqa: F401
+from environment import ROOT
 from tqdm import tqdm
 
 from torchtitan_liger.loss_curves import (
@@ -45,8 +45,6 @@ from torchtitan_liger.loss_curves_report import (
     table_text,
     to_json,
 )
-
-ROOT = Path(__file__).resolve().parent.parent
 
 ON = "--liger_kernel.enable_fused_linear_cross_entropy"
 OFF = "--liger_kernel.no-enable_fused_linear_cross_entropy"

@@ -7,7 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+
 if not all(map(importlib.util.find_spec, ("torchtitan", "torchtitan_liger"))):
-    folder = Path(__file__).resolve().parent
-    setup = f'source "{folder}/setup_env.sh" "" && exec "$PYTHON" "$0" "$@"'
+    setup = f'source "{ROOT}/scripts/setup_env.sh" "" && exec "$PYTHON" "$0" "$@"'
     os.execvp("bash", ["bash", "-c", setup, *sys.argv])

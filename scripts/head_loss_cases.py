@@ -68,12 +68,9 @@ def autograd_case(
     return Case(name, prepare, mixture)
 
 
-def prepare_floor(inputs: Inputs, *, passes: int = 0) -> Step:
-    """The three products alone, on all rows, into memory that is there already.
-
-    Args:
-        passes: over the logits, in place, each at the speed of memory.
-    """
+def prepare_floor(inputs: Inputs, *, with_pass: bool = False) -> Step:
+    """The three products alone, on all rows, into memory that is there already; or with a
+    pass over the logits, in place."""
     hidden_TD, weight_VD = inputs.hidden_TD.detach(), inputs.weight_VD.detach()
     d_logits_TV = logits_gradient(inputs)
     logits_TV = torch.empty_like(d_logits_TV)
@@ -81,7 +78,7 @@ def prepare_floor(inputs: Inputs, *, passes: int = 0) -> Step:
 
     def step() -> None:
         torch.mm(hidden_TD, weight_VD.T, out=logits_TV)
-        for _ in range(passes):
+        if with_pass:
             logits_TV.mul_(0.5)
         torch.mm(d_logits_TV, weight_VD, out=d_hidden_TD)
         torch.mm(d_logits_TV.T, hidden_TD, out=d_weight_VD)
@@ -125,7 +122,7 @@ def torchtitan_loss(compiled: bool) -> Callable[..., torch.Tensor]:
 FLOOR = Case("floor: the three products", prepare_floor, has_gradients=False)
 ONE_PASS = Case(
     "the three products and one pass",
-    partial(prepare_floor, passes=1),
+    partial(prepare_floor, with_pass=True),
     has_gradients=False,
 )
 STOCK = autograd_case("stock eager", partial(stock_loss, compiled=False))

@@ -83,11 +83,15 @@ def check_options(argv: Sequence[str], toml: Mapping[str, Any]) -> None:
         table = getattr(defaults, name, None)
         known = {*keys, *toml.get("head_loss", {}).get(name, {})}
         if getattr(table, "weight", 1.0) is None and "weight" not in known:
-            raise ValueError(
-                f"--head_loss.{name}.{keys[0]} does nothing without "
-                f"head_loss.{name}.weight: set it too, such as "
-                f"--head_loss.{name}.weight 1"
-            )
+            raise without_weight(f"--head_loss.{name}.{keys[0]}", name)
+
+
+def without_weight(setting: str, name: str) -> ValueError:
+    """What is wrong with a setting of `[head_loss]`'s table `name` that has no weight."""
+    return ValueError(
+        f"{setting} does nothing without head_loss.{name}.weight: set it too, such as "
+        f"--head_loss.{name}.weight 1"
+    )
 
 
 def check_values(section: Any, name: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from torchtitan_liger import job_config
+from torchtitan_liger.config_checks import without_weight
 from torchtitan_liger.head_loss import (
     Collision,
     CrossEntropy,
@@ -70,10 +71,7 @@ def terms_and_options(
 def _term(name: str, table: Any) -> Term | None:
     if table.weight is None:
         if settings := changes(table, f"head_loss.{name}"):
-            raise ValueError(
-                f"{settings[0]} does nothing without head_loss.{name}.weight: set it "
-                f"too, such as --head_loss.{name}.weight 1"
-            )
+            raise without_weight(settings[0], name)
         return None
     try:
         return TERMS[name](**vars(table))

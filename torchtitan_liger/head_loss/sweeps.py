@@ -234,10 +234,9 @@ def _to_mixture(
     # Of the smaller and the larger one; neither may be what the other leaves of 1.
     of_p, of_q = gap.new_full((), 1 - beta), gap.new_full((), beta)
     small, large = torch.where(gap > 0, of_p, of_q), torch.where(gap > 0, of_q, of_p)
-    lost = small * torch.expm1(-gap.abs())
-    log_m = torch.where(
-        lost > -0.5, lost.log1p(), (large + small * (-gap.abs()).exp()).log()
-    )
+    below = -gap.abs()
+    lost = small * torch.expm1(below)
+    log_m = torch.where(lost > -0.5, lost.log1p(), (large + small * below.exp()).log())
     return gap.clamp(min=0) + log_m, gap.clamp(max=0) - log_m
 
 

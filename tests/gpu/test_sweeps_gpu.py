@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchtitan_liger.head_loss import sweeps, triton_sweeps
-from torchtitan_liger.head_loss.statistics import Coefficients, unpack
+from torchtitan_liger.head_loss.statistics import SUMS, Coefficients, unpack
 from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
 
 pytestmark = pytest.mark.gpu
@@ -83,6 +83,40 @@ def test_a_row_in_parts_is_a_row(monkeypatch, dtype, transform, smoothed, num_pa
         again, same = both(triton_sweeps, torch.float32)
         assert torch.equal(again[finite], got[finite])
         assert all(torch.equal(same[n][finite], sums[n][finite]) for n in names)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_sums_do_not_depend_on_where_the_large_logits_are(dtype):
+    g = torch.Generator("cuda").manual_seed(0)
+    z, v = (3 * torch.randn(2, C, V, generator=g, device="cuda")).to(dtype)
+    masked = torch.arange(V, device="cuda") < V - 600
+    for row, mask in enumerate((-1e4, -1e9, -1e10, torch.finfo(dtype).min, -torch.inf)):
+        z[row::50] = z[row::50].masked_fill(masked, mask)
+        v[row::50] = v[row::50].masked_fill(masked, mask)
+    for row, peak in enumerate((10, 40, 1000), start=5):
+        z[row::50, -1] = v[row::50, V // 2] = peak
+    z[8::50, 0] = torch.nan
+    z[8::50, -1] = 1000.0
+    finite = (torch.arange(C, device="cuda") % 50) != 8
+    label = torch.full((C,), -1, device="cuda")
+    results = []
+    for run, wide in ((triton_sweeps, torch.float32), (sweeps, torch.float64)):
+        u, t = (z, v) if wide == torch.float32 else (z.double(), v.double())
+        names = [n for n in SUMS if n not in ("logit_sum", "candidate_logits")]
+        sums = unpack(names, torch.empty(len(names), C, dtype=wide, device="cuda"))
+        teacher = TeacherLogits(t, Transform())
+        run.statistics_sweep(u, label, Transform(), sums, teacher=teacher)
+        results.append(sums)
+    got, exact = results
+    for name in got:
+        torch.testing.assert_close(
+            got[name][finite].double(),
+            exact[name][finite],
+            rtol=2e-6,
+            atol=2e-6,
+            msg=name,
+        )
+    assert got["sumexp"][~finite].isnan().all()
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])

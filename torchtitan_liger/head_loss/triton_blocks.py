@@ -12,6 +12,26 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def threads_tile(BLOCK: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr):
+    """[threads, UNROLL, VECTOR] columns: a thread's come in vectors, BLOCK apart."""
+    threads = tl.arange(0, BLOCK // VECTOR)[:, None, None]
+    block = tl.arange(0, UNROLL)[None, :, None]
+    return threads * VECTOR + block * BLOCK + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
+def largest(z):
+    """Of each thread's part of a tile."""
+    return tl.max(tl.max(z, axis=2), axis=1)
+
+
+@triton.jit
+def sum_of(z):
+    """Of each thread's part of a tile."""
+    return tl.sum(tl.sum(z, axis=2), axis=1)
+
+
+@triton.jit
 def load_raw(pointer, columns, num_columns):
     """What the memory has of these columns; -inf beyond the last one."""
     return tl.load(pointer + columns, mask=columns < num_columns, other=-float("inf"))
@@ -115,9 +135,25 @@ def at_least_one(sumexp, maximum):
 
 
 @triton.jit
+def rescaled(sumexp, factor):
+    """A sum of exponentials above another origin.
+
+    One so low that it has no digits behind the point may have left an infinite sum, as of
+    masked columns: it counts for nothing beside what is far above. NaN stays.
+    """
+    return tl.minimum(sumexp, 1e30, propagate_nan=tl.PropagateNan.ALL) * factor
+
+
+@triton.jit
 def product(weights, values):
     """A column of -inf has no share."""
     return weights * tl.where(weights > 0, values, 0.0)
+
+
+@triton.jit
+def product_of_bits(exp, bits):
+    """`product(exp2(bits), bits)`, in fewer instructions."""
+    return exp * tl.maximum(bits, -1e30)
 
 
 @triton.jit
@@ -130,25 +166,30 @@ def log2_of(z, maximum, sumexp):
 
 @triton.jit
 def to_mixture(bits_p, bits_q, BETA: tl.constexpr, FAST: tl.constexpr):
-    """p, q, log(m / p) and log(q / m) of `m = BETA q + (1 - BETA) p`, from `log2_of` both.
+    """p, q, log2(m / p) and log2(q / m) of `m = BETA q + (1 - BETA) p`, from `log2_of`
+    both.
 
     Exact also where m is nearly p or q. If FAST, in half the instructions: the logarithms
-    to 4e-7 where they are small, and to 4e-7 of them elsewhere.
+    to 6e-7 where they are small, and to 4e-7 of them elsewhere.
     """
     p, gap = tl.exp2(bits_p), bits_q - bits_p
     q_by_p = tl.exp2(gap)
-    ln_2 = tl.full((), LN_2, gap.dtype)
     if FAST:
         log_m = libdevice.fast_log2f(BETA * q_by_p + (1 - BETA))
-        return p, p * q_by_p, log_m * ln_2, (gap - log_m) * ln_2
+        return p, p * q_by_p, log_m, gap - log_m
     # Of the smaller and the larger one; neither may be what the other leaves of 1.
     of_p, of_q = tl.full((), 1 - BETA, gap.dtype), tl.full((), BETA, gap.dtype)
     small, large = tl.where(gap > 0, of_p, of_q), tl.where(gap > 0, of_q, of_p)
-    size = tl.abs(gap) * ln_2
+    size = tl.abs(gap) * tl.full((), LN_2, gap.dtype)
     lost = small * _expm1_of_negative(size)
     log_m = tl.where(lost > -0.5, _log1p(lost), tl.log(large + small * tl.exp(-size)))
-    m_by_p = tl.maximum(gap, 0.0) * ln_2 + log_m
-    return p, p * q_by_p, m_by_p, tl.minimum(gap, 0.0) * ln_2 - log_m
+    log_m *= tl.full((), LOG2_E, gap.dtype)
+    return (
+        p,
+        p * q_by_p,
+        tl.maximum(gap, 0.0) + log_m,
+        tl.minimum(gap, 0.0) - log_m,
+    )
 
 
 @triton.jit

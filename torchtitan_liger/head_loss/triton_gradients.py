@@ -8,10 +8,12 @@ import triton
 import triton.language as tl
 
 from torchtitan_liger.head_loss.triton_blocks import (
+    LN_2,
     at_least_one,
     bits_above,
     bits_to,
     finite,
+    largest,
     load_logit,
     load_logits,
     load_optional,
@@ -19,7 +21,10 @@ from torchtitan_liger.head_loss.triton_blocks import (
     log2_of,
     origin_of,
     product,
+    rescaled,
     store_gradient,
+    sum_of,
+    threads_tile,
     to_logits,
     to_mixture,
 )
@@ -47,6 +52,7 @@ def gradient_kernel(
     log_teacher,
     mixture,
     by_candidates,
+    groups,
     NUM_CANDIDATES: tl.constexpr,
     BETA: tl.constexpr,
     FAST: tl.constexpr,
@@ -57,7 +63,10 @@ def gradient_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    # Programs side by side are side by side in memory, and the first ones have the last
+    # rows, which were read last and may be in the cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = (program // groups).to(tl.int64)
     logits += row * stride
     maximum = finite(tl.load(maxima + row))
     origin = origin_of(maximum)
@@ -77,11 +86,11 @@ def gradient_kernel(
         t_inverse = to_max / t_sumexp
     by_t_softmax = load_optional(by_teacher, row)
     by_log_teacher = load_optional(log_teacher, row)
-    by_mixture = load_optional(mixture, row)
+    by_mixture = load_optional(mixture, row) * LN_2
     label_column = tl.load(label_columns + row)
     by_label = tl.load(label + row)
 
-    start = tl.program_id(1) * (BLOCK * BLOCKS)
+    start = program % groups * (BLOCK * BLOCKS)
     for first in range(start, tl.minimum(start + BLOCK * BLOCKS, num_columns), BLOCK):
         columns = first + tl.arange(0, BLOCK)
         z = load_logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
@@ -143,8 +152,6 @@ def both_kernel(
     AT_max: tl.constexpr,
     AT_sumexp: tl.constexpr,
     AT_label_logit: tl.constexpr,
-    MOST_SUMEXP: tl.constexpr,
-    MOST_SUMEXP_IF_SURE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -168,53 +175,15 @@ def both_kernel(
     end = tl.minimum(begin + part_columns, num_columns)
     dtype: tl.constexpr = sums.dtype.element_ty
 
-    # Each thread counts exponents from the largest of its first logits, so that all are
-    # read only once.
-    tile = _tile(BLOCK, UNROLL, VECTOR)
-    raw_tile = load_raw(logits, begin + tile, end)
     column = tl.load(label_columns + row).to(tl.int32)
     by_softmax = tl.load(softmax + row)
     by_label = tl.load(label + row)
-    highest = _largest(to_logits(raw_tile, begin + tile, end, SOFTCAP, TEMPERATURE))
-    # Nothing yet is as if far below: whatever comes will be far above.
-    origin = tl.where(highest == -float("inf"), -1e30, origin_of(highest))
-    maximum, sumexp, logit_sum = _threads_sums(
-        logits,
-        begin,
-        end,
-        raw_tile,
-        highest,
-        origin,
-        SOFTCAP,
-        TEMPERATURE,
-        BLOCK,
-        UNROLL,
-        VECTOR,
+    maximum, origin, sumexp, logit_sum = _threads_sums(
+        logits, begin, end, dtype, SOFTCAP, TEMPERATURE, BLOCK, UNROLL, VECTOR
     )
     part_max = tl.max(maximum, axis=0)
     base = finite(origin_of(part_max))
     total_sumexp = _moved(sumexp, origin, base)
-    # Where another logit is far above it, digits are lost, and at last all of them. Where
-    # one logit has most of the sum, none may be: what is left of its probability counts.
-    sure = total_sumexp < 2 * tl.exp2(bits_above(base, part_max))
-    most = tl.where(sure, MOST_SUMEXP_IF_SURE, MOST_SUMEXP)
-    if not ((tl.max(sumexp, axis=0) < most) & (total_sumexp < float("inf"))):
-        origin = tl.zeros_like(origin) + base
-        raw_tile = load_raw(logits, begin + tile, end)
-        maximum, sumexp, logit_sum = _threads_sums(
-            logits,
-            begin,
-            end,
-            raw_tile,
-            maximum,
-            origin,
-            SOFTCAP,
-            TEMPERATURE,
-            BLOCK,
-            UNROLL,
-            VECTOR,
-        )
-        total_sumexp = _moved(sumexp, origin, base)
     here = (column >= begin) & (column < end)
     label_logit = load_logit(
         logits, tl.where(here, column, -1), dtype, SOFTCAP, TEMPERATURE
@@ -243,7 +212,7 @@ def both_kernel(
         sumexps = tl.where(parts < num_parts, sumexps, 0.0)
         total_max = tl.max(maxima, axis=0)
         base = finite(origin_of(total_max))
-        total_sumexp = _moved(sumexps, finite(origin_of(maxima)), base)
+        total_sumexp = _moved(sumexps, origin_of(maxima), base)
     if part == 0:
         _, to_max = bits_to(base, finite(total_max))
         tl.store(sums + AT_max * num_rows, total_max)
@@ -272,56 +241,39 @@ def _threads_sums(
     logits,
     begin,
     end,
-    raw,
-    highest,
-    origin,
+    dtype: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Each thread's maximum, sum of exponentials above its origin, and sum of logits."""
-    maximum = highest
-    sumexp = tl.zeros_like(origin)
+    """Each thread's maximum, origin, sum of exponentials above it, and sum of logits."""
+    tile = threads_tile(BLOCK, UNROLL, VECTOR)
+    sumexp = tl.zeros([BLOCK // VECTOR], dtype)
     logit_sum = sumexp
-    tile = _tile(BLOCK, UNROLL, VECTOR)
+    maximum = sumexp - float("inf")
+    origin = maximum
+    raw = load_raw(logits, begin + tile, end)
     for start in range(begin, end, BLOCK * UNROLL):
         columns = start + tile
         z = to_logits(raw, columns, end, SOFTCAP, TEMPERATURE)
-        maximum = tl.maximum(maximum, _largest(z))
-        sumexp += _sum(tl.exp2(bits_above(origin[:, None, None], z)))
-        logit_sum += _sum(tl.where(columns < end, z, 0.0))
-        raw = load_raw(
-            logits, columns + BLOCK * UNROLL, end
-        )  # on its way while others compute
-    return maximum, sumexp, logit_sum
-
-
-@triton.jit
-def _tile(BLOCK: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr):
-    """[threads, UNROLL, VECTOR] columns: a thread's come in vectors, BLOCK apart."""
-    threads = tl.arange(0, BLOCK // VECTOR)[:, None, None]
-    block = tl.arange(0, UNROLL)[None, :, None]
-    return threads * VECTOR + block * BLOCK + tl.arange(0, VECTOR)[None, None, :]
-
-
-@triton.jit
-def _largest(z):
-    return tl.max(tl.max(z, axis=2), axis=1)
-
-
-@triton.jit
-def _sum(z):
-    return tl.sum(tl.sum(z, axis=2), axis=1)
+        # on its way while others compute
+        raw = load_raw(logits, columns + BLOCK * UNROLL, end)
+        logit_sum += sum_of(tl.where(columns < end, z, 0.0))
+        maximum = tl.maximum(maximum, largest(z))
+        old = origin
+        origin = origin_of(maximum)
+        base = finite(origin)
+        exp = tl.exp2(bits_above(base[:, None, None], z))
+        sumexp = rescaled(sumexp, tl.exp2(old - base)) + sum_of(exp)
+    return maximum, origin, sumexp, logit_sum
 
 
 @triton.jit
 def _moved(sumexps, origins, base):
-    """The sum of exponentials above one origin. Nothing has no share, wherever it was."""
-    return tl.sum(
-        tl.where(sumexps == 0, 0.0, sumexps * tl.exp2(origins - base)), axis=0
-    )
+    """The sum of exponentials above one origin; of -inf, which nothing has, no share."""
+    return tl.sum(rescaled(sumexps, tl.exp2(origins - base)), axis=0)
 
 
 @triton.jit

@@ -13,11 +13,18 @@ from torchtitan_liger.head_loss.triton_blocks import (
     bits_above,
     bits_to,
     finite,
+    largest,
     load_logit,
     load_logits,
+    load_raw,
     log2_of,
     origin_of,
     product,
+    product_of_bits,
+    rescaled,
+    sum_of,
+    threads_tile,
+    to_logits,
     to_mixture,
 )
 
@@ -52,23 +59,23 @@ def statistics_kernel(
     TEACHER_TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     sums += row
     dtype: tl.constexpr = sums.dtype.element_ty
-    lanes = tl.arange(0, BLOCK)
-
-    # Maximum and sums are each lane's until the end: threads have nothing to exchange. A
-    # lane's origin moves once in UNROLL blocks, which are read twice, then from the cache.
-    # All exponents and origins are in bits.
-    zeros = tl.zeros([BLOCK], dtype)
+    # Maximum and sums are each thread's until the end, above an origin of its own, which
+    # moves with its maximum. All exponents and origins are in bits.
+    tile = threads_tile(BLOCK, UNROLL, VECTOR)
+    zeros = tl.zeros([BLOCK // VECTOR], dtype)
     maximum = zeros - float("inf")
     origin = maximum
     sumexp = zeros
     logit_sum = zeros
     shifted_sum = zeros
     square_sum = zeros
+    raw = load_raw(logits, tile, num_columns)
     if AT_teacher_max >= 0:
         teacher += row * teacher_stride
         t_maximum = maximum
@@ -77,72 +84,57 @@ def statistics_kernel(
         t_shifted_sum = zeros
         student_gap = zeros
         teacher_gap = zeros
+        t_raw = load_raw(teacher, tile, num_columns)
 
     for start in range(0, num_columns, BLOCK * UNROLL):
-        for i in tl.static_range(UNROLL):
-            columns = start + i * BLOCK + lanes
-            z = load_logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
-            maximum = tl.maximum(maximum, z)
+        columns = start + tile
+        following = columns + BLOCK * UNROLL  # on its way while others compute
+        z = to_logits(raw, columns, num_columns, SOFTCAP, TEMPERATURE)
+        raw = load_raw(logits, following, num_columns)
+        maximum = tl.maximum(maximum, largest(z))
         old = origin
         origin = origin_of(maximum)
         base = finite(origin)
         shift = old - base
         rescale = tl.exp2(shift)
+        shifted = bits_above(base[:, None, None], z)
+        exp = tl.exp2(shifted)
         if AT_teacher_max >= 0:
-            for i in tl.static_range(UNROLL):
-                columns = start + i * BLOCK + lanes
-                v = load_logits(
-                    teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
-                )
-                t_maximum = tl.maximum(t_maximum, v)
+            v = to_logits(
+                t_raw, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
+            )
+            t_raw = load_raw(teacher, following, num_columns)
+            t_maximum = tl.maximum(t_maximum, largest(v))
             t_old = t_origin
             t_origin = origin_of(t_maximum)
             t_base = finite(t_origin)
             t_shift = t_old - t_base
             t_rescale = tl.exp2(t_shift)
+            t_shifted = bits_above(t_base[:, None, None], v)
+            t_exp = tl.exp2(t_shifted)
             if AT_student_gap >= 0:
                 student_gap = _moved(student_gap, shift - t_shift, sumexp, rescale)
+                student_gap += sum_of(product(exp, shifted - t_shifted))
             if AT_teacher_gap >= 0:
                 teacher_gap = _moved(teacher_gap, t_shift - shift, t_sumexp, t_rescale)
+                teacher_gap += sum_of(product(t_exp, t_shifted - shifted))
             if AT_teacher_shifted_sum >= 0:
                 t_shifted_sum = _moved(t_shifted_sum, t_shift, t_sumexp, t_rescale)
-            t_sumexp *= t_rescale
+                t_shifted_sum += sum_of(product_of_bits(t_exp, t_shifted))
+            t_sumexp = rescaled(t_sumexp, t_rescale) + sum_of(t_exp)
         if AT_shifted_sum >= 0:
             shifted_sum = _moved(shifted_sum, shift, sumexp, rescale)
+            shifted_sum += sum_of(product_of_bits(exp, shifted))
         if AT_square_sum >= 0:
-            square_sum *= rescale * rescale
-        sumexp *= rescale
-
-        for i in tl.static_range(UNROLL):
-            columns = start + i * BLOCK + lanes
-            z = load_logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
-            shifted = bits_above(base, z)
-            exp = tl.exp2(shifted)
-            sumexp += exp
-            if AT_shifted_sum >= 0:
-                shifted_sum += product(exp, shifted)
-            if AT_square_sum >= 0:
-                square_sum += exp * exp
-            if AT_logit_sum >= 0:
-                logit_sum += tl.where(columns < num_columns, z, 0.0)
-            if AT_teacher_max >= 0:
-                v = load_logits(
-                    teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
-                )
-                t_shifted = bits_above(t_base, v)
-                t_exp = tl.exp2(t_shifted)
-                t_sumexp += t_exp
-                if AT_student_gap >= 0:
-                    student_gap += product(exp, shifted - t_shifted)
-                if AT_teacher_gap >= 0:
-                    teacher_gap += product(t_exp, t_shifted - shifted)
-                if AT_teacher_shifted_sum >= 0:
-                    t_shifted_sum += product(t_exp, t_shifted)
+            square_sum = rescaled(square_sum, rescale * rescale) + sum_of(exp * exp)
+        if AT_logit_sum >= 0:
+            logit_sum += sum_of(tl.where(columns < num_columns, z, 0.0))
+        sumexp = rescaled(sumexp, rescale) + sum_of(exp)
 
     total_max = tl.max(maximum, axis=0)
     shift, share = _to_maximum(origin, total_max)
     tl.store(sums + AT_max * num_rows, total_max)
-    total = at_least_one(tl.sum(sumexp * share, axis=0), total_max)
+    total = at_least_one(tl.sum(rescaled(sumexp, share), axis=0), total_max)
     tl.store(sums + AT_sumexp * num_rows, total)
     if AT_logit_sum >= 0:
         tl.store(sums + AT_logit_sum * num_rows, tl.sum(logit_sum, axis=0))
@@ -150,13 +142,13 @@ def statistics_kernel(
         moved = _moved(shifted_sum, shift, sumexp, share)
         tl.store(sums + AT_shifted_sum * num_rows, tl.sum(moved, axis=0) * LN_2)
     if AT_square_sum >= 0:
-        moved = square_sum * share * share
+        moved = rescaled(square_sum, share * share)
         tl.store(sums + AT_square_sum * num_rows, tl.sum(moved, axis=0))
     if AT_teacher_max >= 0:
         t_total_max = tl.max(t_maximum, axis=0)
         t_shift, t_share = _to_maximum(t_origin, t_total_max)
         tl.store(sums + AT_teacher_max * num_rows, t_total_max)
-        total = at_least_one(tl.sum(t_sumexp * t_share, axis=0), t_total_max)
+        total = at_least_one(tl.sum(rescaled(t_sumexp, t_share), axis=0), t_total_max)
         tl.store(sums + AT_teacher_sumexp * num_rows, total)
         if AT_teacher_shifted_sum >= 0:
             moved = _moved(t_shifted_sum, t_shift, t_sumexp, t_share)
@@ -183,7 +175,7 @@ def statistics_kernel(
 
 @triton.jit
 def _to_maximum(origin, maximum):
-    """From each lane's origin to the maximum of all lanes: bits, and a factor."""
+    """From each thread's origin to the maximum of all: bits, and a factor."""
     highest = finite(tl.max(origin, axis=0))
     bits, factor = bits_to(highest, finite(maximum))
     return (origin - highest) + bits, tl.exp2(origin - highest) * factor
@@ -191,11 +183,9 @@ def _to_maximum(origin, maximum):
 
 @triton.jit
 def _moved(total, by, times, rescale):
-    """sum w_j (x_j - old origin) -> sum w_j (x_j - new origin), for each lane.
-
-    What is too small to count has no share, and were it infinite.
-    """
+    """sum w_j (x_j - old origin) -> sum w_j (x_j - new origin), for each thread."""
     moved = total + times * tl.where(times > 0, by, 0.0)
+    # What is too small to count has no share, and were it infinite.
     return tl.where(rescale == 0, 0.0, rescale * moved)
 
 
@@ -241,5 +231,5 @@ def mixture_kernel(
         )
         student_kl -= p * m_by_p
         teacher_kl += q * q_by_m
-    tl.store(shares + row, tl.sum(student_kl, axis=0))
-    tl.store(shares + num_rows + row, tl.sum(teacher_kl, axis=0))
+    tl.store(shares + row, tl.sum(student_kl, axis=0) * LN_2)
+    tl.store(shares + num_rows + row, tl.sum(teacher_kl, axis=0) * LN_2)

@@ -123,8 +123,8 @@ def bits_to(origin, maximum):
     but not at whole numbers. The constant is that of `bits_above`.
     """
     log2_e = tl.full((), LOG2_E, maximum.dtype)
-    high = maximum.to(tl.float64) * log2_e.to(tl.float64)
-    bits = origin.to(tl.float64) - high
+    wide, log2_e = maximum.to(tl.float64), log2_e.to(tl.float64)
+    bits = -tl.fma(wide, log2_e, -origin.to(tl.float64))
     return bits.to(maximum.dtype), tl.exp2(bits).to(maximum.dtype)
 
 
@@ -138,10 +138,11 @@ def at_least_one(sumexp, maximum):
 def rescaled(sumexp, factor):
     """A sum of exponentials above another origin.
 
-    One so low that it has no digits behind the point may have left an infinite sum, as of
-    masked columns: it counts for nothing beside what is far above. NaN stays.
+    An origin so low that it has no digits behind the point, as that of masked columns, may
+    have left an infinite sum: it counts for nothing beside what is far above.
     """
-    return tl.minimum(sumexp, 1e30, propagate_nan=tl.PropagateNan.ALL) * factor
+    lost = (factor == 0) & (sumexp == float("inf"))
+    return tl.where(lost, 0.0, sumexp * factor)
 
 
 @triton.jit

@@ -132,9 +132,12 @@ def statistics_kernel(
         sumexp = rescaled(sumexp, rescale) + sum_of(exp)
 
     total_max = tl.max(maximum, axis=0)
-    shift, share = _to_maximum(origin, total_max)
+    shift, to_highest, to_max = _to_maximum(origin, total_max)
+    share = to_highest * to_max
     tl.store(sums + AT_max * num_rows, total_max)
-    total = at_least_one(tl.sum(rescaled(sumexp, share), axis=0), total_max)
+    # Of an origin without digits behind the point, this is NaN: 0 * inf.
+    total = tl.sum(rescaled(sumexp, to_highest), axis=0) * to_max
+    total = at_least_one(total, total_max)
     tl.store(sums + AT_sumexp * num_rows, total)
     if AT_logit_sum >= 0:
         tl.store(sums + AT_logit_sum * num_rows, tl.sum(logit_sum, axis=0))
@@ -142,13 +145,15 @@ def statistics_kernel(
         moved = _moved(shifted_sum, shift, sumexp, share)
         tl.store(sums + AT_shifted_sum * num_rows, tl.sum(moved, axis=0) * LN_2)
     if AT_square_sum >= 0:
-        moved = rescaled(square_sum, share * share)
-        tl.store(sums + AT_square_sum * num_rows, tl.sum(moved, axis=0))
+        moved = tl.sum(rescaled(square_sum, to_highest * to_highest), axis=0)
+        tl.store(sums + AT_square_sum * num_rows, moved * to_max * to_max)
     if AT_teacher_max >= 0:
         t_total_max = tl.max(t_maximum, axis=0)
-        t_shift, t_share = _to_maximum(t_origin, t_total_max)
+        t_shift, to_highest, to_max = _to_maximum(t_origin, t_total_max)
+        t_share = to_highest * to_max
         tl.store(sums + AT_teacher_max * num_rows, t_total_max)
-        total = at_least_one(tl.sum(rescaled(t_sumexp, t_share), axis=0), t_total_max)
+        total = tl.sum(rescaled(t_sumexp, to_highest), axis=0) * to_max
+        total = at_least_one(total, t_total_max)
         tl.store(sums + AT_teacher_sumexp * num_rows, total)
         if AT_teacher_shifted_sum >= 0:
             moved = _moved(t_shifted_sum, t_shift, t_sumexp, t_share)
@@ -175,10 +180,11 @@ def statistics_kernel(
 
 @triton.jit
 def _to_maximum(origin, maximum):
-    """From each thread's origin to the maximum of all: bits, and a factor."""
+    """From each thread's origin to the maximum of all: bits, and two factors, one to the
+    highest origin and one from there."""
     highest = finite(tl.max(origin, axis=0))
-    bits, factor = bits_to(highest, finite(maximum))
-    return (origin - highest) + bits, tl.exp2(origin - highest) * factor
+    bits, to_max = bits_to(highest, finite(maximum))
+    return (origin - highest) + bits, tl.exp2(origin - highest), to_max
 
 
 @triton.jit

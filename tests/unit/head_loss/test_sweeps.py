@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -351,6 +353,41 @@ def test_masked_columns_have_no_share(impl, dtype, mask):
     for name, got in at_once.items():
         torch.testing.assert_close(
             got.double(), exact[name], rtol=rtol, atol=rtol, msg=name
+        )
+
+
+@pytest.mark.parametrize("largest", [-1e20, -1e10, -8.75e8, 7.9e8, 1e10, 1e12])
+def test_what_has_no_digits_for_a_softmax_is_right_or_not_a_number(largest):
+    z = torch.full((1, V), largest)
+    z[0, ::3] *= 1 - math.copysign(1e-6, largest)
+    everything = sums_of(
+        triton_sweeps, z, z.clone(), torch.tensor([1]), torch.zeros(1, K).long()
+    )
+    at_once = unpack(("max", "sumexp", "label_logit"), torch.empty(3, 1))
+    by = Coefficients(at_once["max"], at_once["sumexp"], *torch.zeros(2, 1))
+    exact = sums_of(
+        sweeps, z.double(), z.double(), torch.tensor([1]), torch.zeros(1, K).long()
+    )
+    triton_sweeps.both_sweeps(z, torch.tensor([1]), PLAIN, at_once, by)
+    for sums in (everything, at_once):
+        sumexp = sums["sumexp"].double()
+        if sumexp.isfinite():
+            torch.testing.assert_close(sumexp, exact["sumexp"], rtol=1e-6, atol=0)
+    p2 = everything["square_sum"] / everything["sumexp"] ** 2
+    if p2.isfinite():
+        of = exact["square_sum"] / exact["sumexp"] ** 2
+        torch.testing.assert_close(p2.double(), of, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e6, -1e7])
+def test_float64_sums_are_as_exact_beside_large_logits(impl, offset):
+    z, v, label, candidates = draw()
+    z, v = (64 * z).round() / 64, (64 * v).round() / 64  # so that the sum is exact
+    exact = sums_of(sweeps, z, v, label, candidates)
+    sums = sums_of(impl, z + offset, v - offset, label, candidates)
+    for name in ("sumexp", "shifted_sum", "square_sum", "student_gap", "teacher_gap"):
+        torch.testing.assert_close(
+            sums[name], exact[name], rtol=1e-12, atol=1e-12, msg=name
         )
 
 

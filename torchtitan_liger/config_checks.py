@@ -34,8 +34,7 @@ def check_keys(toml: Mapping[str, Any], path: str) -> None:
     """Look for keys in the TOML's sections of ours that do not exist.
 
     Raises:
-        ValueError: with the key, its value, and the nearest key that exists; and for the
-            table of a term without a weight, which would be ignored.
+        ValueError: with the key, its value, and the nearest key that exists.
     """
     for name in SECTIONS:
         for other in difflib.get_close_matches(name, set(toml) - set(SECTIONS)):
@@ -60,30 +59,30 @@ def _check_table(table: Any, section: type, name: str, path: str) -> None:
         kind = known[key].type
         if isinstance(kind, type) and is_dataclass(kind):
             _check_table(value, kind, f"{name}.{key}", path)
-    if "weight" in known and known["weight"].default is None and "weight" not in table:
-        raise ValueError(
-            f"{path}: [{name}] has no weight, and without one there is no such term"
-        )
 
 
-def check_options(argv: Sequence[str], toml: Mapping[str, Any]) -> None:
-    """Look for options of a term that neither they nor the TOML give a weight.
+def check_weights(argv: Sequence[str], toml: Mapping[str, Any], path: str) -> None:
+    """Look for terms to which neither the options nor the TOML give a weight.
 
     Raises:
-        ValueError: with the option; its value may be the default, and would not be missed.
+        ValueError: with a setting of such a term; its value may be the default, and would
+            not be missed.
     """
     option = re.compile(r"--head[_-]loss\.([\w-]+)\.([\w-]+)(=.*)?")
-    given: dict[str, list[str]] = {}
+    tables = toml.get("head_loss", {})
+    given: dict[str, list[str]] = {name: [] for name in tables}
     for argument in argv:
         if match := option.fullmatch(argument):
             name, key = (part.replace("-", "_") for part in match.groups()[:2])
             given.setdefault(name, []).append(key)
     defaults = HeadLoss()
     for name, keys in given.items():
-        table = getattr(defaults, name, None)
-        known = {*keys, *toml.get("head_loss", {}).get(name, {})}
-        if getattr(table, "weight", 1.0) is None and "weight" not in known:
-            raise without_weight(f"--head_loss.{name}.{keys[0]}", name)
+        if getattr(getattr(defaults, name, None), "weight", 1.0) is not None:
+            continue
+        if "weight" not in {*keys, *tables.get(name, {})}:
+            table = f"{path}: [head_loss.{name}]"
+            setting = f"--head_loss.{name}.{keys[0]}" if keys else table
+            raise without_weight(setting, name)
 
 
 def without_weight(setting: str, name: str) -> ValueError:

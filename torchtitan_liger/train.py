@@ -25,12 +25,12 @@ def main() -> None:
 def _train() -> None:
     from torchtitan.train import main as torchtitan_main
 
-    from torchtitan_liger.config_checks import check_keys, check_options
+    from torchtitan_liger.config_checks import check_keys, check_weights
     from torchtitan_liger.trainer import LigerTrainer
 
     path, toml = read_toml(sys.argv[1:])
     check_keys(toml, path)
-    check_options(sys.argv[1:], toml)
+    check_weights(sys.argv[1:], toml, path)
     torchtitan_main(LigerTrainer)
 
 

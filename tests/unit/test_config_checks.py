@@ -7,8 +7,8 @@ import pytest
 from torchtitan_liger.config_checks import (
     RANGES,
     check_keys,
-    check_options,
     check_values,
+    check_weights,
 )
 from torchtitan_liger.job_config import HeadLoss, LigerKernel
 
@@ -46,20 +46,23 @@ def test_an_unknown_key_in_a_nested_table_is_named_as_well():
 
 
 def test_a_table_without_a_weight_would_be_ignored():
-    with pytest.raises(ValueError, match=r"\[head_loss.focal\] has no weight"):
-        check_keys({"head_loss": {"focal": {"gamma": 2.0}}}, "a.toml")
-    check_keys({"head_loss": {"cross_entropy": {"label_smoothing": 0.1}}}, "a.toml")
+    focal = {"head_loss": {"focal": {"gamma": 2.0}}}
+    with pytest.raises(ValueError, match=r"a.toml: \[head_loss.focal\] does nothing"):
+        check_weights([], focal, "a.toml")
+    check_weights(["--head_loss.focal.weight=1"], focal, "a.toml")
+    smoothed = {"head_loss": {"cross_entropy": {"label_smoothing": 0.1}}}
+    check_weights([], smoothed, "a.toml")
 
 
 def test_options_of_a_term_without_a_weight_would_be_ignored():
     """Also the default value, which does not tell that it was given."""
     for gamma in (["--head_loss.focal.gamma", "2"], ["--head-loss.focal.gamma=2"]):
         with pytest.raises(ValueError, match=r"--head_loss.focal.gamma does nothing"):
-            check_options(gamma, {})
-        check_options([*gamma, "--head_loss.focal.weight", "0.5"], {})
-        check_options(gamma, {"head_loss": {"focal": {"weight": 0.5}}})
-    check_options(["--head_loss.cross_entropy.label_smoothing=0"], {})
-    check_options(["--head_loss.logit_softcap=30", "--head_loss.unknown.key=1"], {})
+            check_weights(gamma, {}, "")
+        check_weights([*gamma, "--head_loss.focal.weight", "0.5"], {}, "")
+        check_weights(gamma, {"head_loss": {"focal": {"weight": 0.5}}}, "")
+    check_weights(["--head_loss.cross_entropy.label_smoothing=0"], {}, "")
+    check_weights(["--head_loss.logit_softcap=30", "--head_loss.unknown.key=1"], {}, "")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,13 @@ from torchtitan_liger.loss_curves import (
     read_run,
     write_tensorboard,
 )
-from torchtitan_liger.loss_curves_judge import Rule, judge, missing_proof, unlike_start
+from torchtitan_liger.loss_curves_judge import (
+    MIN_STEPS,
+    Rule,
+    judge,
+    missing_proof,
+    unlike_start,
+)
 from torchtitan_liger.loss_curves_report import (
     PICTURE,
     Report,
@@ -141,6 +147,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if args.command == "run":
         if not args.config.is_file():
             run.error(f"there is no CONFIG {args.config}")
+        if args.steps is not None and args.steps < MIN_STEPS:
+            run.error(f"--steps is {args.steps}; {MIN_STEPS} are needed to compare")
         args.output = args.output or Path("outputs", f"compare_{args.config.stem}")
     else:
         if len(args.runs) < 2 or args.overrides:

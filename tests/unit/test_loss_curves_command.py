@@ -234,6 +234,7 @@ def test_bounds_are_options(command):
     ("args", "message"),
     [
         (["run", "nowhere.toml"], "there is no CONFIG nowhere.toml"),
+        (["run", "job.toml", "--steps=3"], "--steps is 3; 5 are needed"),
         (["read", "one"], "name two runs or more"),
         (["read", "one", "two"], "there is no run at one"),
         ([], "required: command"),

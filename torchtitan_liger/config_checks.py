@@ -80,8 +80,8 @@ def check_weights(argv: Sequence[str], toml: Mapping[str, Any], path: str) -> No
         if getattr(getattr(defaults, name, None), "weight", 1.0) is not None:
             continue
         if "weight" not in {*keys, *tables.get(name, {})}:
-            table = f"{path}: [head_loss.{name}]"
-            setting = f"--head_loss.{name}.{keys[0]}" if keys else table
+            in_toml = f"{path}: [head_loss.{name}]"
+            setting = f"--head_loss.{name}.{keys[0]}" if keys else in_toml
             raise without_weight(setting, name)
 
 

@@ -108,6 +108,16 @@ def origin_of(maximum):
 
 
 @triton.jit
+def followed(maximum, origin, z):
+    """Each thread's maximum and origin with a tile z more; the origin once more, but
+    finite, and how far it is below the old one, in bits."""
+    maximum = tl.maximum(maximum, largest(z))
+    new = origin_of(maximum)
+    base = finite(new)
+    return maximum, new, base, origin - base
+
+
+@triton.jit
 def bits_above(origin, z):
     """The exponent of `exp z` above an origin, rounded once."""
     # A plain constant would be rounded to float32.

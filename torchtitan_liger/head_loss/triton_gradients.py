@@ -13,7 +13,7 @@ from torchtitan_liger.head_loss.triton_blocks import (
     bits_above,
     bits_to,
     finite,
-    largest,
+    followed,
     load_logit,
     load_logits,
     load_optional,
@@ -261,12 +261,9 @@ def _threads_sums(
         # on its way while others compute
         raw = load_raw(logits, columns + BLOCK * UNROLL, end)
         logit_sum += sum_of(tl.where(columns < end, z, 0.0))
-        maximum = tl.maximum(maximum, largest(z))
-        old = origin
-        origin = origin_of(maximum)
-        base = finite(origin)
+        maximum, origin, base, shift = followed(maximum, origin, z)
         exp = tl.exp2(bits_above(base[:, None, None], z))
-        sumexp = rescaled(sumexp, tl.exp2(old - base)) + sum_of(exp)
+        sumexp = rescaled(sumexp, tl.exp2(shift)) + sum_of(exp)
     return maximum, origin, sumexp, logit_sum
 
 

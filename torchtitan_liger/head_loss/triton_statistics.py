@@ -13,12 +13,11 @@ from torchtitan_liger.head_loss.triton_blocks import (
     bits_above,
     bits_to,
     finite,
-    largest,
+    followed,
     load_logit,
     load_logits,
     load_raw,
     log2_of,
-    origin_of,
     product,
     product_of_bits,
     rescaled,
@@ -91,11 +90,7 @@ def statistics_kernel(
         following = columns + BLOCK * UNROLL  # on its way while others compute
         z = to_logits(raw, columns, num_columns, SOFTCAP, TEMPERATURE)
         raw = load_raw(logits, following, num_columns)
-        maximum = tl.maximum(maximum, largest(z))
-        old = origin
-        origin = origin_of(maximum)
-        base = finite(origin)
-        shift = old - base
+        maximum, origin, base, shift = followed(maximum, origin, z)
         rescale = tl.exp2(shift)
         shifted = bits_above(base[:, None, None], z)
         exp = tl.exp2(shifted)
@@ -104,11 +99,7 @@ def statistics_kernel(
                 t_raw, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
             )
             t_raw = load_raw(teacher, following, num_columns)
-            t_maximum = tl.maximum(t_maximum, largest(v))
-            t_old = t_origin
-            t_origin = origin_of(t_maximum)
-            t_base = finite(t_origin)
-            t_shift = t_old - t_base
+            t_maximum, t_origin, t_base, t_shift = followed(t_maximum, t_origin, v)
             t_rescale = tl.exp2(t_shift)
             t_shifted = bits_above(t_base[:, None, None], v)
             t_exp = tl.exp2(t_shifted)

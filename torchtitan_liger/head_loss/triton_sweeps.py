@@ -21,10 +21,10 @@ from torchtitan_liger.head_loss.triton_statistics import (
 
 # The fastest on an H200 of blocks from 256 to 8,192, 1 to 16 of them at a time, 2 to 32
 # warps, with products between them. Times are for 4,096 rows of 128,256 in bfloat16, where
-# a copy takes 491 us; in parentheses beside a teacher. Products leave the clock so low that
-# most of these wait for instructions.
-STATISTICS_BLOCK, STATISTICS_UNROLL, STATISTICS_WARPS = 1024, 2, 4  # 292 (534) us
-GRADIENT_BLOCK, GRADIENT_BLOCKS, GRADIENT_WARPS = 1024, 8, 4  # 514 (738) us
+# a copy takes 491 us; in parentheses beside a teacher, for JSD and for forward KL. Products
+# leave the clock so low that most of these wait for instructions.
+STATISTICS_BLOCK, STATISTICS_UNROLL, STATISTICS_WARPS = 1024, 2, 4  # 292 (534, 615) us
+GRADIENT_BLOCK, GRADIENT_BLOCKS, GRADIENT_WARPS = 1024, 8, 4  # 514 (776, 738) us
 MIXTURE_BLOCK, MIXTURE_WARPS = 2048, 8  # 630 us
 BOTH_COLUMNS, BOTH_BLOCK, BOTH_UNROLL, BOTH_GRADIENT_BLOCK = 6144, 512, 4, 2048
 BOTH_WARPS = 2  # so that 16 parts share a multiprocessor, and its cache; 575 us
@@ -44,7 +44,6 @@ def statistics_sweep(
     num_rows, num_columns = logits_Cv.shape
     if num_rows == 0:
         return
-    block = _block(STATISTICS_BLOCK, num_columns)
     statistics_kernel[(num_rows,)](
         logits_Cv,
         logits_Cv.stride(0),
@@ -57,9 +56,7 @@ def statistics_sweep(
         **_places(sums, SUMS),
         NUM_CANDIDATES=0 if candidates_CK is None else candidates_CK.shape[1],
         **_transforms(transform, teacher),
-        BLOCK=block,
-        UNROLL=STATISTICS_UNROLL if num_columns > block else 1,
-        VECTOR=16 // logits_Cv.dtype.itemsize,
+        **_tile(STATISTICS_BLOCK, STATISTICS_UNROLL, logits_Cv),
         num_warps=STATISTICS_WARPS,
     )
 
@@ -82,7 +79,6 @@ def both_sweeps(
         words_CP = column_C.new_zeros(num_rows, num_parts)
     if "logit_sum" in sums:
         logit_sums_PC = sums["max"].new_empty(num_parts, num_rows)
-    block = _block(BOTH_BLOCK, num_columns)
     by = coefficients
     both_kernel[(num_rows * num_parts,)](
         logits_Cv,
@@ -102,10 +98,8 @@ def both_sweeps(
         **_places(sums, ("max", "sumexp", "label_logit")),
         SOFTCAP=transform.softcap,
         TEMPERATURE=transform.temperature,
-        BLOCK=block,
-        UNROLL=BOTH_UNROLL if num_columns > block else 1,
+        **_tile(BOTH_BLOCK, BOTH_UNROLL, logits_Cv),
         GRADIENT_BLOCK=_block(BOTH_GRADIENT_BLOCK, num_columns),
-        VECTOR=16 // logits_Cv.dtype.itemsize,
         num_warps=BOTH_WARPS,
     )
     if logit_sums_PC is not None:
@@ -233,6 +227,17 @@ def _places(sums: Sums, names: Sequence[str]) -> dict[str, int]:
 
 def _block(most: int, num_columns: int) -> int:
     return max(16, min(most, 1 << (num_columns - 1).bit_length()))
+
+
+def _tile(most: int, unroll: int, logits_Cv: torch.Tensor) -> dict[str, int]:
+    """What `threads_tile` takes, for loads of 16 bytes."""
+    num_columns = logits_Cv.shape[1]
+    block = _block(most, num_columns)
+    return {
+        "BLOCK": block,
+        "UNROLL": unroll if num_columns > block else 1,
+        "VECTOR": 16 // logits_Cv.dtype.itemsize,
+    }
 
 
 def _transforms(transform: Transform, teacher: TeacherLogits | None) -> dict[str, Any]:

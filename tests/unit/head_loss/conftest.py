@@ -7,11 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from torchtitan_liger.head_loss import (
-    engine,
-    passes,
-    triton_sweeps,
-)
+import torchtitan_liger.head_loss.sweeps as torch_sweeps
+from torchtitan_liger.head_loss import engine, passes, triton_sweeps
+
+
+@pytest.fixture(params=[torch_sweeps, triton_sweeps], ids=["torch", "triton"])
+def impl(request):
+    """The passes by themselves."""
+    return request.param
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -1,0 +1,84 @@
+"""The pass that finds how far two softmaxes are from their mixture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.unit.head_loss.sweep_cases import (
+    NOTHING,
+    PLAIN,
+    C,
+    V,
+    draw,
+    sums_of,
+)
+from torchtitan_liger.head_loss import sweeps
+from torchtitan_liger.head_loss.statistics import Coefficients
+from torchtitan_liger.head_loss.sweeps import TeacherLogits
+
+
+def test_a_mixture_with_a_narrower_teacher_is_as_exact(impl):
+    z, v, _, _ = draw()
+    v = v.float()
+    sums = sums_of(impl, z, v, *NOTHING)
+    zeros, ones = torch.zeros(C).double(), torch.ones(C).double()
+    by = Coefficients(
+        sums["max"],
+        sums["sumexp"],
+        softmax=zeros,
+        label=zeros,
+        teacher_max=sums["teacher_max"],
+        teacher_sumexp=sums["teacher_sumexp"],
+        mixture=ones,
+    )
+    results = []
+    for run, dtype in ((impl, torch.float32), (sweeps, torch.float64)):
+        u, teacher = z.clone(), TeacherLogits(v.to(dtype), PLAIN)
+        shares = run.mixture_sweep(u, PLAIN, teacher, sums, 0.3)
+        run.gradient_sweep(
+            u, torch.full((C,), -1), PLAIN, by, teacher=teacher, jsd_beta=0.3
+        )
+        results.append((shares, u))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [1e-6, 0.001, 0.999, 0.999999])
+def test_a_mixture_that_is_nearly_one_of_the_two_is_exact(impl, beta):
+    g = torch.Generator().manual_seed(0)
+    z, v = 6 * torch.randn(2, C, V, generator=g)
+    shares = []
+    for run, dtype in ((impl, torch.float32), (sweeps, torch.float64)):
+        teacher = TeacherLogits(v.to(dtype), PLAIN)
+        sums = sums_of(run, z.to(dtype), teacher.logits_Cv, *NOTHING)
+        shares.append(run.mixture_sweep(z.to(dtype), PLAIN, teacher, sums, beta))
+    torch.testing.assert_close(shares[0].double(), shares[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_the_mixture_of_unlikely_words_is_finite_and_of_likely_ones_is_exact(
+    impl, beta
+):
+    g = torch.Generator().manual_seed(0)
+    wide = (40 * torch.randn(C, V, generator=g), 40 * torch.randn(C, V, generator=g))
+    near = torch.randn(C, V, generator=g)
+    near[:, 0] = 20
+    for z, v in (wide, (near, near + 1e-3 * torch.randn(C, V, generator=g))):
+        shares = []
+        for run, dtype in ((impl, torch.float32), (sweeps, torch.float64)):
+            z, v = z.to(dtype), v.to(dtype)
+            sums = sums_of(run, z, v, *NOTHING)
+            teacher = TeacherLogits(v, PLAIN)
+            shares.append(run.mixture_sweep(z, PLAIN, teacher, sums, beta))
+        # Each is a sum of numbers that nearly cancel where student and teacher agree.
+        torch.testing.assert_close(shares[0].double(), shares[1], rtol=1e-5, atol=2e-7)
+
+
+@pytest.mark.parametrize("of_teacher", [True, False])
+def test_a_mixture_of_nothing_known_is_unknown(impl, of_teacher):
+    z, v, _, _ = draw()
+    (v if of_teacher else z)[3, 7] = torch.nan
+    sums = sums_of(impl, z, v, *NOTHING)
+    shares = impl.mixture_sweep(z, PLAIN, TeacherLogits(v, PLAIN), sums, 0.5)
+    assert shares[:, 3].isnan().all()
+    assert shares.isnan().sum() == 2

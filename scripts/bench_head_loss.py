@@ -21,7 +21,6 @@ import random
 import statistics
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import environment  # noqa: F401
 import head_loss_tp
@@ -43,6 +42,7 @@ from head_loss_measure import (
 )
 from head_loss_mixtures import Inputs, Problem, true_gradients
 from head_loss_tables import COLUMNS, QUANTITIES, Row, markdown, write
+from provenance import result_file
 
 from torchtitan_liger.head_loss import Term
 
@@ -108,7 +108,7 @@ def parse_args() -> argparse.Namespace:
     add("--repeats", type=int)
     add("--warmup", type=int, help="passes before those that count")
     add("--seed", type=int, default=0)
-    add("--output", type=Path, help="Markdown file; CSV and picture beside it")
+    add("--output", type=result_file, help="Markdown file; CSV and picture beside it")
     args = parser.parse_args()
     if sum(map(bool, (args.mixtures, args.impl, args.tp))) > 1:
         parser.error(

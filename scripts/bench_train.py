@@ -39,7 +39,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from environment import ROOT
-from provenance import heading
+from provenance import heading, result_file
 
 from torchtitan_liger.loss_curves import (
     GRAD_NORM,
@@ -125,7 +125,7 @@ def parse_args() -> argparse.Namespace:
         help="what the arguments after -- are called in the table",
     )
     add("--limit", type=float, default=900, help="seconds for one run (%(default)s)")
-    add("--output", type=Path, help="Markdown file; a CSV beside it")
+    add("--output", type=result_file, help="Markdown file; a CSV beside it")
     add("--logs", type=Path, help="folder for the runs' logs")
     add("--largest", choices=("seq", "batch"), help="find the largest that trains")
     add("--start", type=int, nargs="+", help="first size: one, or one for each --impl")
@@ -384,7 +384,6 @@ class Table:
     def write(self) -> None:
         if not self.output:
             return
-        self.output.parent.mkdir(parents=True, exist_ok=True)
         self.output.write_text(f"{self.earlier_text}{heading()}\n{self.markdown()}")
         with open(self.output.with_suffix(".csv"), "w", newline="") as file:
             writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")

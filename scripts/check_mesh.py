@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import ROOT
-from provenance import heading
+from provenance import heading, result_file
 from torch import cuda
 
 # Sums in float32 in another order; and a model that stock torchtitan cannot train.
@@ -40,7 +40,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--output", type=Path, help="Markdown file")
+    parser.add_argument("--output", type=result_file, help="Markdown file")
     parser.add_argument("--logs", type=Path, help="folder for the runs' logs")
     args = parser.parse_args()
     lines, failed = [], False

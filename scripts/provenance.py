@@ -1,7 +1,10 @@
-"""The first lines of a file with results: when, where and with what it was measured."""
+"""A file with results: where it goes, and its first lines: when, where and with what it was
+measured.
+"""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import platform
@@ -11,6 +14,26 @@ import sys
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+
+def result_file(text: str) -> Path:
+    """The type of `--output`: looked at before anything is measured. Its folder is made.
+
+    Raises:
+        ArgumentTypeError: for what cannot be a Markdown file with a CSV beside it.
+    """
+    path = Path(text)
+    if path.suffix != ".md" or path.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"must name a Markdown file, such as results.md, got {text}"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {error}") from None
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {text}: permission denied")
+    return path
 
 
 @functools.cache

@@ -330,6 +330,36 @@ def test_help_tells_what_the_noise_floor_is():
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [["bench_head_loss", "--tp"], ["bench_train", "job.toml"], ["check_mesh"]],
+    ids=lambda arguments: arguments[0],
+)
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("result.csv", "must name a Markdown file, such as results.md, got result.csv"),
+        ("a.md/result.md", "cannot write a.md/result.md: [Errno"),
+        ("folder.md", "must name a Markdown file, such as results.md, got folder.md"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    arguments, output, words, tmp_path
+):
+    (tmp_path / "a.md").touch()
+    (tmp_path / "folder.md").mkdir()
+    name, *others = arguments
+    run = subprocess.run(
+        [sys.executable, SCRIPT.with_stem(name), *others, "--output", output],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert f"error: argument --output: {words}" in run.stderr
+
+
+@pytest.mark.parametrize(
     ("name", "words"),
     [
         ("compare_loss_curves", "The exit code is the answer"),

@@ -96,6 +96,8 @@ class HeadLoss:
                 )
             if impl == "reference":
                 raise ValueError('impl="reference" has the default terms only')
+        if isinstance(terms, Term):
+            raise ValueError(f"terms must be a sequence, such as [{terms!r}]")
         self.terms = terms_of(self.options) if terms is None else tuple(terms)
         check_terms(self.terms)
         self._recipe = opaque.recipe_of(self.terms, self.options)

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -50,12 +51,9 @@ class Metrics:
             assert stats.entropy is not None
             values.append(stats.entropy)
         for term in terms:
-            values.extend(
-                x
-                for _, x in zip(
-                    term.metric_names, term.metrics(stats, rows), strict=True
-                )
-            )
+            with _explained(term):
+                metrics = term.metrics(stats, rows)
+            values.extend(x for _, x in zip(term.metric_names, metrics, strict=True))
         values_MC = torch.stack(
             [
                 -values[i] if name.endswith("/min") else values[i].to(stats.logp.dtype)
@@ -196,14 +194,29 @@ def _by_autograd(
 def _loss(
     term: Term, stats: Statistics, rows: Rows, sequences: Sequences | None
 ) -> torch.Tensor:
-    if isinstance(term, SequenceTerm):
-        assert sequences is not None
-        loss_C = term.sequence_loss(stats, rows, sequences)
-    else:
-        loss_C = term.loss(stats, rows)
+    with _explained(term):
+        if isinstance(term, SequenceTerm):
+            assert sequences is not None
+            loss_C = term.sequence_loss(stats, rows, sequences)
+        else:
+            loss_C = term.loss(stats, rows)
     if loss_C.shape != stats.logp.shape:
         raise ValueError(
             f"the term {term.name} must give one loss for each token, "
             f"{list(stats.logp.shape)}, got {list(loss_C.shape)}"
         )
     return loss_C
+
+
+@contextmanager
+def _explained(term: Term) -> Iterator[None]:
+    """Says what a term may read when it fails as one does that reads what is not there."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        needs, inputs = (", ".join(sorted(x)) for x in (term.needs, term.inputs))
+        raise ValueError(
+            f"the term {term.name} failed with {error!r}. A statistic that is not always "
+            f"there has to be in its `needs` ({needs or 'none'}), and what it reads of "
+            f"`rows` in its `inputs` ({inputs or 'none'})"
+        ) from error

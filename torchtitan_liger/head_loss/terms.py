@@ -291,9 +291,14 @@ def needs_of(terms: Sequence[Term]) -> frozenset[str]:
 def check_terms(terms: Sequence[Term]) -> None:
     """
     Raises:
-        ValueError: for no terms, for two of one name, for a statistic that does not
-            exist, or for two that need one thing in two ways.
+        ValueError: for no terms, for what is no term, for two of one name, for a
+            statistic that does not exist, or for two that need one thing in two ways.
     """
+    for term in terms:
+        if not isinstance(term, Term):
+            raise ValueError(
+                f"a head loss is a sum of terms such as CrossEntropy(), got {term!r}"
+            )
     names = [term.name for term in terms]
     if not names:
         raise ValueError("a head loss needs at least one term")

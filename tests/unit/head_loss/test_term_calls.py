@@ -141,6 +141,8 @@ def test_what_a_second_phase_reads_may_not_change_before(what):
         (lambda: HeadLoss([]), "at least one term"),
         (lambda: HeadLoss([ZLoss(1.0), ZLoss(2.0)]), "terms of different names"),
         (lambda: HeadLoss([Unknown()]), "needs rank; there"),
+        (lambda: HeadLoss(ZLoss(1.0)), r"such as \[ZLoss\(weight=1.0"),
+        (lambda: HeadLoss([CrossEntropy]), "such as CrossEntropy\\(\\), got <class"),
         (lambda: HeadLoss([ZLoss(1.0)], HeadLossOptions(z_loss=1.0)), "of your own"),
         (lambda: HeadLoss([ZLoss(1.0)], impl="reference"), "default terms only"),
         (lambda: PolicyGradient("grpo"), "ppo, cispo, reinforce, got 'grpo'"),
@@ -223,6 +225,46 @@ def test_a_candidate_beyond_the_vocabulary_is_an_error_or_makes_the_loss_nan():
     with pytest.raises(ValueError, match="must be below 517, .* got 517"):
         head(*call, candidates=candidates)
     assert head(*call, candidates=candidates, check_labels=False).loss.isnan()
+
+
+@dataclass(frozen=True)
+class Reads(Term):
+    """A term that reads what it has not asked for."""
+
+    read: Callable[..., torch.Tensor]
+    read_metric: Callable[..., torch.Tensor]
+    weight: float
+    name: str = "mine"
+    metric_names = ("mine/metric",)
+
+    def loss(self, stats, rows):
+        return self.read(stats, rows)
+
+    def metrics(self, stats, rows):
+        return (self.read_metric(stats, rows),)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda stats, rows: -stats.entropy,
+        lambda stats, rows: stats.logp - rows["margin"],
+        lambda stats, rows: stats.perplexity,
+    ],
+    ids=["statistic", "row input", "no statistic"],
+)
+@pytest.mark.parametrize("place", ["loss", "metric"])
+def test_a_term_that_reads_what_is_not_there_is_told_what_it_may_read(
+    read, weight, place
+):
+    problem = Problem(T=5, D=16, V=101, ignored=0)
+    reads = [read, lambda stats, rows: stats.logp]
+    term = Reads(*(reads if place == "loss" else reversed(reads)), weight)
+    with pytest.raises(
+        ValueError, match=r"term mine failed with .* `needs` \(none\), .* \(none\)"
+    ):
+        HeadLoss([CrossEntropy(), term])(problem.hidden, problem.weight, problem.labels)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import re
 import statistics
 import sys
 from dataclasses import replace
@@ -90,6 +91,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--impl", choices=FAMILIES, nargs="+", help="default: all")
     add("--mixtures", action="store_true", help="mixtures of losses instead")
+    add("--rows", default="", help="only those whose name has this regular expression")
     add("--tp", action="store_true", help="mixtures, the vocabulary over the processes")
     add("--uneven", action="store_true", help="with --tp: rank r has r + 1 parts of it")
     add("--append", action="store_true", help="with --tp: keep the rows of --output")
@@ -114,6 +116,12 @@ def parse_args() -> argparse.Namespace:
         parser.error(
             "--mixtures and --tp have their own rows: give one, without --impl"
         )
+    if args.rows and args.tp:
+        parser.error("--tp has all its rows: leave out --rows")
+    try:
+        re.compile(args.rows)
+    except re.error as error:
+        parser.error(f"--rows {args.rows!r} is no regular expression: {error}")
     if args.tp and args.grow:
         parser.error("--tp has one size: leave out --grow")
     if (args.uneven or args.append) and not args.tp:
@@ -145,9 +153,15 @@ def parse_args() -> argparse.Namespace:
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
     if args.mixtures:
-        return list(mixture_cases())
-    names = [name for name in FAMILIES if name in args.impl]
-    return [case for name in names for case in FAMILIES[name](args)]
+        cases = list(mixture_cases())
+    else:
+        names = [name for name in FAMILIES if name in args.impl]
+        cases = [case for name in names for case in FAMILIES[name](args)]
+    chosen = [case for case in cases if re.search(args.rows, case.name)]
+    if not chosen:
+        names = [case.name for case in cases]
+        raise SystemExit(f"--rows {args.rows!r} is in none of: {', '.join(names)}")
+    return chosen
 
 
 def measure(problem: Problem, cases: list[Case], args: argparse.Namespace) -> list[Row]:

@@ -109,6 +109,20 @@ def test_each_mixture_is_measured_in_one_call_in_several_and_from_full_logits(
     assert "The overhead of a distillation" in text
 
 
+def test_rows_can_be_chosen_by_their_names(bench, capsys):
+    rows, _ = bench("--mixtures", "--rows", r"^cross entropy( \+ dist.*JSD.)?: one")
+    (alone, distilled) = rows
+    assert alone["implementation"] == "cross entropy: one call"
+    assert distilled["implementation"] == "cross entropy + distillation (JSD): one call"
+    for row in rows:
+        check_figures(row)
+    with pytest.raises(SystemExit, match="'none' is in none of: floor: the three"):
+        bench("--rows", "none", "--impl", "floor")
+    with pytest.raises(SystemExit):
+        bench("--rows", "(")
+    assert "'(' is no regular expression: missing )" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_vocabulary_over_two_processes_is_measured_beside_one(
     bench, mixtures, tmp_path

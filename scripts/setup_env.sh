@@ -120,7 +120,7 @@ _env_setup() {
     root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P) || return 1
     venv=$root/.venv
     needed=(torchtitan torchtitan_liger)
-    if [ "$1" = dev ]; then needed+=(pytest pytest_timeout); fi
+    if [ "$1" = dev ]; then needed+=(pytest pytest_timeout xdist); fi
 
     for python in ${PYTHON:+"$PYTHON"} ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} \
         ${CONDA_PREFIX:+"$CONDA_PREFIX/bin/python"}; do

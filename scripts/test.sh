@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up an environment where there is none, then runs the tests. Arguments go to
-# pytest; without any, the linter and the type checker run first.
+# pytest; without any, the linter and the type checker run first, and the tests in two
+# processes.
 set -euo pipefail
 # shellcheck source=scripts/setup_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh" dev
@@ -22,6 +23,7 @@ if [ $# -eq 0 ]; then
     if [ -n "$failed" ]; then
         echo "test.sh: failed, whatever the tests say:$failed" >&2
     fi
+    set -- -n 2 --dist loadfile
 fi
 "$PYTHON" -m pytest "$@"
 [ -z "$failed" ]

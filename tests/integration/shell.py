@@ -32,6 +32,7 @@ RUN_STUBS = {
 DEV_STUBS = RUN_STUBS | {
     "pytest.py": REPORT,
     "pytest_timeout.py": "",
+    "xdist.py": "",
     "ruff.py": LINTER,
     "mypy.py": LINTER,
 }

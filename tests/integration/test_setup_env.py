@@ -40,7 +40,7 @@ def test_an_environment_without_the_package_is_explained_and_left_alone(
 def test_tests_need_an_environment_with_pytest(shell, repo, run_env, dev_env):
     done = shell(repo / "scripts/test.sh", "x", VIRTUAL_ENV=run_env)
     first, *_ = done.stderr.splitlines()
-    assert "has no pytest, pytest_timeout;" in first
+    assert "has no pytest, pytest_timeout, xdist;" in first
     assert "pip install -e '.[dev]'" in first
     report = shell.report(repo / "scripts/test.sh", "x", VIRTUAL_ENV=dev_env)
     assert report["python"] == str(dev_env / "bin/python")

@@ -20,6 +20,9 @@ def test_arguments_go_to_pytest_alone_in_the_repository(shell, repo, dev_env):
 def test_without_arguments_linter_and_type_checker_come_first(shell, repo, dev_env):
     done = shell(repo / "scripts/test.sh", VIRTUAL_ENV=dev_env)
     assert modules(done) == ["ruff", "ruff", "mypy", "pytest"]
+    # No test file is split: its runs of the trainer are shared by its tests.
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["args"] == ["-n", "2", "--dist", "loadfile"]
     assert done.returncode == 0
 
 

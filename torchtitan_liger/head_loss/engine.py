@@ -344,7 +344,8 @@ class HeadLoss:
         values = {}
         for name, losses_T in by_token.items():
             if token_weights_T is not None:
-                losses_T = torch.where(valid_T, losses_T * token_weights_T, 0.0)
+                weights_T = token_weights_T.to(losses_T.dtype)
+                losses_T = torch.where(valid_T, losses_T * weights_T, 0.0)
             values[name] = losses_T.sum() * call.scale
         loss = torch.stack([weights[n] * value for n, value in values.items()]).sum()
         return HeadLossOutput(loss, {n: x.detach() for n, x in values.items()}, {})

@@ -23,7 +23,9 @@ def reference_head_loss(
     The logits are computed in the dtype of the inputs (under autocast, in autocast's) and
     the losses in at least float32, as torchtitan's own loss does.
     """
-    logits_TV = F.linear(hidden_TD, weight_VD)
+    valid_T = labels_T != options.ignore_index
+    # What an ignored row holds, were it NaN, would reach the weight's gradient.
+    logits_TV = F.linear(torch.where(valid_T[:, None], hidden_TD, 0.0), weight_VD)
     logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     if options.logit_softcap:
         logits_TV = options.logit_softcap * torch.tanh(
@@ -41,6 +43,5 @@ def reference_head_loss(
     }
     if options.z_loss:
         lse_T = torch.logsumexp(logits_TV, dim=-1)
-        valid_T = labels_T != options.ignore_index
         terms["z_loss"] = torch.where(valid_T, lse_T.square(), 0.0)
     return terms

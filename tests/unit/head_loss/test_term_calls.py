@@ -63,6 +63,17 @@ def test_a_term_of_weight_0_reports_and_leaves_the_gradients_alone():
     assert out.terms["z_loss"] > 0
 
 
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_wider_token_weights_do_not_widen_the_loss(impl):
+    problem = Problem(T=9, D=8, V=21)
+    args = problem.hidden.float(), problem.weight.float(), problem.labels
+    weights = torch.rand(9, dtype=torch.float64, requires_grad=True)
+    out = HeadLoss(impl=impl)(*args, token_weights=weights)
+    assert out.loss.dtype == out.terms["cross_entropy"].dtype == torch.float32
+    (grad,) = torch.autograd.grad(out.loss, weights)
+    assert grad.dtype == torch.float64
+
+
 def test_token_weights_multiply_all_terms_and_have_an_exact_gradient(chunks):
     problem = Problem(T=37, D=16, V=101)
     g = torch.Generator().manual_seed(3)

@@ -32,7 +32,9 @@ from torchtitan_liger.head_loss import (  # isort: skip
     HeadLoss,
     HeadLossOptions,
     PolicyGradient,
+    Preference,
     ReferenceKL,
+    SequencePolicyGradient,
 )
 
 
@@ -59,7 +61,13 @@ def terms_of_the_batch() -> dict[str, float]:
         "ref_logp": -7 + torch.randn(shape, generator=g),
         "token_weights": torch.rand(shape, generator=g),
     }
-    terms = [CrossEntropy(), PolicyGradient(weight=0.5), ReferenceKL(0.1)]
+    terms = [
+        CrossEntropy(),
+        PolicyGradient(weight=0.5),
+        ReferenceKL(0.1),
+        SequencePolicyGradient(weight=0.2),
+        Preference(weight=0.3),
+    ]
     errors = {}
     for name, layout in {"FSDP2": "", "TP": f"{TP}=2"}.items():
         case = Case(name, 2, f"{layout} {RL}")

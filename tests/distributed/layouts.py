@@ -93,7 +93,10 @@ CASES = (
 )
 
 # Terms whose inputs are in the batch.
-RL = "head_loss.policy_gradient.weight=0.5 head_loss.reference_kl.weight=0.1"
+RL = (
+    "head_loss.policy_gradient.weight=0.5 head_loss.reference_kl.weight=0.1 "
+    "head_loss.gspo.weight=0.2 head_loss.preference.weight=0.3"
+)
 
 LAYOUTS = {  # of the checks beside the matrix
     "FSDP2": Case("FSDP2", 2),

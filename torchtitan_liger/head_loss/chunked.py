@@ -207,7 +207,9 @@ def run(
         values = values_of(
             call.terms, statistics, call.rows, weight_N, valid_N, call.sequences
         )
-        metrics = call.metrics.of_rows(call.terms, statistics, call.rows, valid_N)
+        metrics = call.metrics.of_rows(
+            call.terms, statistics, call.rows, valid_N, call.sequences
+        )
         if with_grad and call.two_phase:
             partials = partials_of(
                 call.terms, statistics, call.rows, weight_N, valid_N, call.sequences

@@ -43,6 +43,7 @@ class Metrics:
         stats: Statistics,
         rows: Rows,
         valid_C: torch.Tensor,
+        sequences: Sequences | None = None,
     ) -> torch.Tensor:
         """[M] over the tokens with a label. Of "/min" it is the negative's maximum."""
         right_C = stats.logp >= stats.max_logp  # the label's logit is the largest one
@@ -52,7 +53,11 @@ class Metrics:
             values.append(stats.entropy)
         for term in terms:
             with _explained(term):
-                metrics = term.metrics(stats, rows)
+                if isinstance(term, SequenceTerm):
+                    assert sequences is not None
+                    metrics = term.sequence_metrics(stats, rows, sequences)
+                else:
+                    metrics = term.metrics(stats, rows)
             values.extend(x for _, x in zip(term.metric_names, metrics, strict=True))
         values_MC = torch.stack(
             [

@@ -12,6 +12,10 @@ from torchtitan_liger.head_loss.statistics import Statistics
 from torchtitan_liger.head_loss.terms import Rows, Sequences, SequenceTerm, Term
 
 KINDS = ("ppo", "cispo", "reinforce")
+# What terms with advantages report of each token; and those that have a ratio, the token's
+# or its sequence's.
+SAMPLED = ("new_logp", "advantage", "advantage/max", "advantage/min")
+RATIO = ("old_logp", "ratio", "ratio_squared", "kl_new_old", "clip_fraction")
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,7 @@ class PolicyGradient(Term):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        names = ("new_logp", "advantage", "advantage/max", "advantage/min")
-        if not self._has_ratio:
-            return names
-        ratio = ("old_logp", "ratio", "ratio_squared", "kl_new_old", "clip_fraction")
-        return (*names, *ratio)
+        return (*SAMPLED, *RATIO) if self._has_ratio else SAMPLED
 
     @property
     def _has_ratio(self) -> bool:
@@ -101,15 +101,13 @@ class PolicyGradient(Term):
         return loss
 
     def metrics(self, stats: Statistics, rows: Rows) -> Sequence[torch.Tensor]:
-        advantages = rows["advantages"]
-        values = [stats.logp, advantages, advantages, advantages]
         if not self._has_ratio:
-            return values
+            return _of_samples(stats, rows)
         log_ratio = stats.logp - rows["old_logp"]
-        ratio = log_ratio.exp()
-        outside = (ratio < 1 - self.clip_low) | (ratio > 1 + self.clip_high)
-        kl = torch.expm1(log_ratio) - log_ratio
-        return [*values, rows["old_logp"], ratio, ratio.square(), kl, outside]
+        return [
+            *_of_samples(stats, rows),
+            *_of_ratios(log_ratio, rows, self.clip_low, self.clip_high),
+        ]
 
 
 @dataclass(frozen=True)
@@ -153,6 +151,7 @@ class SequencePolicyGradient(SequenceTerm):
     weight: float = 1.0
     name: str = "gspo"
     inputs = frozenset({"advantages", "old_logp"})
+    metric_names = (*SAMPLED, *RATIO)
 
     def __post_init__(self) -> None:
         _check_clip(self.clip_low, self.clip_high)
@@ -160,11 +159,25 @@ class SequencePolicyGradient(SequenceTerm):
     def sequence_loss(
         self, stats: Statistics, rows: Rows, sequences: Sequences
     ) -> torch.Tensor:
-        log_ratios = sequences.mean(stats.logp - rows["old_logp"])
-        ratio = log_ratios.exp()[sequences.ids_C]
+        ratio = self._log_ratio(stats, rows, sequences).exp()
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         advantages = rows["advantages"]
         return torch.maximum(-ratio * advantages, -clipped * advantages)
+
+    def sequence_metrics(
+        self, stats: Statistics, rows: Rows, sequences: Sequences
+    ) -> Sequence[torch.Tensor]:
+        log_ratio = self._log_ratio(stats, rows, sequences)
+        return [
+            *_of_samples(stats, rows),
+            *_of_ratios(log_ratio, rows, self.clip_low, self.clip_high),
+        ]
+
+    def _log_ratio(
+        self, stats: Statistics, rows: Rows, sequences: Sequences
+    ) -> torch.Tensor:
+        """[C] that of each token's sequence."""
+        return sequences.mean(stats.logp - rows["old_logp"])[sequences.ids_C]
 
 
 PREFERENCES = ("dpo", "ipo", "simpo", "orpo")
@@ -186,6 +199,10 @@ class Preference(SequenceTerm):
     ones come first (`layout = "halves"`). A pair's loss is spread evenly over its tokens,
     so the sum over tokens is the sum over pairs, and the number of pairs the normalizer.
 
+    Reported for each token of a pair, so that a mean over tokens is one: the difference d
+    ("margin"), whether it is positive ("accuracy"), and what it is the difference of
+    ("chosen", "rejected").
+
     Rows: `ref_logp` for "dpo" and "ipo".
     """
 
@@ -195,6 +212,7 @@ class Preference(SequenceTerm):
     layout: Literal["pairs", "halves"] = "pairs"
     weight: float = 1.0
     name: str = "preference"
+    metric_names = ("accuracy", "margin", "chosen", "rejected")
 
     def __post_init__(self) -> None:
         if self.kind not in PREFERENCES:
@@ -217,6 +235,32 @@ class Preference(SequenceTerm):
     def sequence_loss(
         self, stats: Statistics, rows: Rows, sequences: Sequences
     ) -> torch.Tensor:
+        chosen, rejected, pair_C = self._scores(stats, rows, sequences)
+        margin = chosen - rejected
+        log_sigmoid = torch.nn.functional.logsigmoid
+        if self.kind == "dpo":
+            loss = -log_sigmoid(self.beta * margin)
+        elif self.kind == "ipo":
+            loss = (margin - 1 / (2 * self.beta)).square()
+        elif self.kind == "simpo":
+            loss = -log_sigmoid(self.beta * margin - self.gamma)
+        else:
+            loss = -self.beta * log_sigmoid(margin)
+        pairs = Sequences(pair_C, len(margin), sequences.valid_C)
+        return (loss / pairs.lengths(stats.logp))[pair_C]
+
+    def sequence_metrics(
+        self, stats: Statistics, rows: Rows, sequences: Sequences
+    ) -> Sequence[torch.Tensor]:
+        chosen, rejected, pair_C = self._scores(stats, rows, sequences)
+        margin = chosen - rejected
+        return [x[pair_C] for x in (margin > 0, margin, chosen, rejected)]
+
+    def _scores(
+        self, stats: Statistics, rows: Rows, sequences: Sequences
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `d` subtracts, of the chosen and of the rejected sequence of each pair;
+        and [C] each token's pair."""
         if sequences.num % 2:
             raise ValueError(
                 f"preferences need pairs of sequences, got {sequences.num} sequences"
@@ -230,22 +274,25 @@ class Preference(SequenceTerm):
             miss = -torch.expm1(score.clamp(max=-torch.finfo(score.dtype).eps))
             score = score - miss.log()
         if self.layout == "pairs":
-            margin = score[0::2] - score[1::2]
-            pair_C = sequences.ids_C // 2
-        else:
-            margin = score[: len(score) // 2] - score[len(score) // 2 :]
-            pair_C = sequences.ids_C % (len(score) // 2)
-        log_sigmoid = torch.nn.functional.logsigmoid
-        if self.kind == "dpo":
-            loss = -log_sigmoid(self.beta * margin)
-        elif self.kind == "ipo":
-            loss = (margin - 1 / (2 * self.beta)).square()
-        elif self.kind == "simpo":
-            loss = -log_sigmoid(self.beta * margin - self.gamma)
-        else:
-            loss = -self.beta * log_sigmoid(margin)
-        pairs = Sequences(pair_C, len(margin), sequences.valid_C)
-        return (loss / pairs.lengths(stats.logp))[pair_C]
+            return score[0::2], score[1::2], sequences.ids_C // 2
+        half = len(score) // 2
+        return score[:half], score[half:], sequences.ids_C % half
+
+
+def _of_samples(stats: Statistics, rows: Rows) -> list[torch.Tensor]:
+    """`SAMPLED`, of each token."""
+    advantages = rows["advantages"]
+    return [stats.logp, advantages, advantages, advantages]
+
+
+def _of_ratios(
+    log_ratio_C: torch.Tensor, rows: Rows, low: float, high: float
+) -> list[torch.Tensor]:
+    """`RATIO`, of each token; the KL is estimated as "k3" of `ReferenceKL`."""
+    ratio_C = log_ratio_C.exp()
+    outside_C = (ratio_C < 1 - low) | (ratio_C > 1 + high)
+    kl_C = torch.expm1(log_ratio_C) - log_ratio_C
+    return [rows["old_logp"], ratio_C, ratio_C.square(), kl_C, outside_C]
 
 
 def _check_clip(low: float, high: float) -> None:

@@ -127,6 +127,12 @@ class SequenceTerm(Term):
         """The loss of each token, [C], before `weight`."""
         raise NotImplementedError
 
+    def sequence_metrics(
+        self, stats: Statistics, rows: Rows, sequences: Sequences
+    ) -> Sequence[torch.Tensor]:
+        """`metrics`, for those that look at the other tokens as well."""
+        return self.metrics(stats, rows)
+
 
 @dataclass(frozen=True)
 class CrossEntropy(Term):

@@ -150,6 +150,81 @@ def test_in_a_mixture_with_terms_over_tokens(problem, chunks):
         assert relative_error(getattr(whole, name), total) < 1e-12
 
 
+def reported(problem, term):
+    """Each metric of `term`: the sum over tokens, divided by their number."""
+    call = (problem.hidden.view(B, L, -1), problem.weight, problem.labels.view(B, L))
+    read = read_by(HeadLoss([term]), problem.rows)
+    rows = {name: x.view(B, L) for name, x in read.items()}
+    tokens = (problem.labels != -100).sum()
+    out = HeadLoss([term])(*call, normalizer=tokens, **rows)
+    found = {name: x.item() for name, x in out.metrics.items()}
+    return {n: found[f"{term.name}/{n}"] for n in term.metric_names}
+
+
+def expected_means(problem, metrics):
+    """Of [B, L] numbers the mean over the tokens with a label, or their extreme."""
+    valid = (problem.labels != -100).view(B, L)
+    means = {}
+    for name, x in metrics.items():
+        kept = x.expand(B, L)[valid].double()
+        end = name.rpartition("/")[2]
+        reduction = {"max": torch.amax, "min": torch.amin}.get(end, torch.mean)
+        means[name] = pytest.approx(reduction(kept, 0).item(), rel=1e-12, abs=1e-14)
+    return means
+
+
+def test_what_gspo_reports_is_of_whole_sequences(problem, chunks):
+    logp = logp_of(problem.hidden, problem.weight, problem.labels)
+    old, a = (
+        masked(problem.rows[x], problem.labels) for x in ("old_logp", "advantages")
+    )
+    ratio = ((logp - old).sum(1) / lengths(problem.labels)).exp()[:, None]
+    outside = (ratio < 1 - 0.05) | (ratio > 1 + 0.1)
+    assert outside.any()
+    assert not outside.all()
+    assert reported(problem, SequencePolicyGradient(0.05, 0.1)) == expected_means(
+        problem,
+        {
+            "new_logp": logp,
+            "advantage": a,
+            "advantage/max": a,
+            "advantage/min": a,
+            "old_logp": old,
+            "ratio": ratio,
+            "ratio_squared": ratio**2,
+            "kl_new_old": ratio - 1 - ratio.log(),
+            "clip_fraction": outside,
+        },
+    )
+
+
+@pytest.mark.parametrize("layout", ["pairs", "halves"])
+@pytest.mark.parametrize("kind", ["dpo", "simpo"])
+def test_what_a_preference_reports_is_of_whole_pairs(problem, kind, layout, chunks):
+    score = logp_of(problem.hidden, problem.weight, problem.labels)
+    if kind == "dpo":
+        score = (score - masked(problem.rows["ref_logp"], problem.labels)).sum(1)
+    else:
+        score = score.sum(1) / lengths(problem.labels)
+    first, second = torch.arange(B).view(-1, 2).T
+    pair = torch.arange(B) // 2
+    if layout == "halves":
+        first, second = torch.arange(B).view(2, -1)
+        pair = torch.arange(B) % (B // 2)
+    chosen, rejected = score[first][pair, None], score[second][pair, None]
+    assert (chosen > rejected).any()
+    assert (chosen < rejected).any()
+    assert reported(problem, Preference(kind, layout=layout)) == expected_means(
+        problem,
+        {
+            "accuracy": chosen > rejected,
+            "margin": chosen - rejected,
+            "chosen": chosen,
+            "rejected": rejected,
+        },
+    )
+
+
 def test_losses_per_token_have_no_sequences():
     problem = Problem(T=B * L, D=16, V=101)
     head = HeadLoss([SequencePolicyGradient(1.0, 100.0)])

@@ -23,6 +23,7 @@ LAYERS = (
     {"head_loss.sweeps", "head_loss.vocab_parallel"},
     {"head_loss.triton_sweeps"},
     {"head_loss.calls"},
+    {"head_loss.sequences"},
     {"head_loss.terms"},
     {"head_loss.policy_terms", "head_loss.distillation"},
     {"head_loss.evaluate"},

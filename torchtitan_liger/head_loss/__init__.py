@@ -10,6 +10,7 @@ from torchtitan_liger.head_loss.policy_terms import (
     ReferenceKL,
     SequencePolicyGradient,
 )
+from torchtitan_liger.head_loss.sequences import Sequences
 from torchtitan_liger.head_loss.statistics import Statistics
 from torchtitan_liger.head_loss.terms import (
     Collision,
@@ -17,7 +18,6 @@ from torchtitan_liger.head_loss.terms import (
     EntropyBonus,
     Focal,
     SelfWeighted,
-    Sequences,
     SequenceTerm,
     Term,
     Unlikelihood,

@@ -29,9 +29,9 @@ from torchtitan_liger.head_loss.distillation import Teacher
 from torchtitan_liger.head_loss.options import HeadLossOptions
 from torchtitan_liger.head_loss.passes import HeadCall
 from torchtitan_liger.head_loss.reference import reference_head_loss
+from torchtitan_liger.head_loss.sequences import Sequences, sequences_of
 from torchtitan_liger.head_loss.statistics import OF_TEACHER
 from torchtitan_liger.head_loss.terms import (
-    Sequences,
     SequenceTerm,
     Term,
     check_terms,
@@ -192,7 +192,17 @@ class HeadLoss:
             call = check_candidates(
                 call, rows["candidates"], vocab_size, ignored, check_labels
             )
-        sequences = self._sequences(labels, sequence_ids, num_sequences)
+        sequences = None
+        if self._sequence_terms:
+            sequences = sequences_of(
+                labels,
+                sequence_ids,
+                num_sequences,
+                ignore_index=self.options.ignore_index,
+                check_labels=check_labels,
+            )
+        elif sequence_ids is not None or num_sequences is not None:
+            raise ValueError("there are sequence_ids, but no term over sequences")
         if (teacher is not None) != self._needs_teacher:
             names = [t.name for t in self.terms if t.needs & OF_TEACHER]
             raise ValueError(
@@ -277,26 +287,6 @@ class HeadLoss:
             dict(zip(names, by_term.unbind(), strict=True)),
             self._metrics.named(metrics, scale),
         )
-
-    def _sequences(
-        self,
-        labels: torch.Tensor,
-        sequence_ids: torch.Tensor | None,
-        num_sequences: int | None,
-    ) -> Sequences | None:
-        if not self._sequence_terms:
-            return None
-        if (sequence_ids is None) != (num_sequences is None):
-            raise ValueError("sequence_ids and num_sequences belong together")
-        if sequence_ids is not None and num_sequences is not None:
-            (ids_T,) = per_token({"sequence_ids": sequence_ids}, labels).values()
-            return Sequences(ids_T.long(), num_sequences, ids_T.bool())
-        length = labels.shape[-1] if labels.ndim else 1
-        count = labels.numel() // max(1, length)
-        ids_T = torch.arange(count, device=labels.device).repeat_interleave(
-            length, output_size=labels.numel()
-        )
-        return Sequences(ids_T, count, ids_T.bool(), tokens_each=length)
 
     def _schedule(
         self,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from torchtitan_liger.head_loss.sequences import Sequences
 from torchtitan_liger.head_loss.statistics import (
     WITHOUT_GRADIENT,
     Partials,
@@ -18,7 +19,6 @@ from torchtitan_liger.head_loss.statistics import (
 )
 from torchtitan_liger.head_loss.terms import (
     Rows,
-    Sequences,
     SequenceTerm,
     Term,
     needs_of,
@@ -58,10 +58,17 @@ class Metrics:
                     metrics = term.sequence_metrics(stats, rows, sequences)
                 else:
                     metrics = term.metrics(stats, rows)
-            values.extend(x for _, x in zip(term.metric_names, metrics, strict=True))
+            shapes = [list(getattr(x, "shape", ())) for x in metrics]
+            if shapes != [list(stats.logp.shape)] * len(term.metric_names):
+                raise ValueError(
+                    f"the term {term.name} must give each of its {len(term.metric_names)} "
+                    f"metrics for each token, {list(stats.logp.shape)}, got {shapes}"
+                )
+            values.extend(metrics)
+        values = [x.to(stats.logp.dtype) for x in values]
         values_MC = torch.stack(
             [
-                -values[i] if name.endswith("/min") else values[i].to(stats.logp.dtype)
+                -values[i] if name.endswith("/min") else values[i]
                 for i, name in zip(self._position, self.names, strict=True)
             ]
         )
@@ -210,7 +217,7 @@ def _loss(
             f"the term {term.name} must give one loss for each token, "
             f"{list(stats.logp.shape)}, got {list(loss_C.shape)}"
         )
-    return loss_C
+    return loss_C.to(stats.logp.dtype)  # whatever dtype its own numbers have
 
 
 @contextmanager

@@ -26,6 +26,7 @@ import torchtitan_liger.head_loss.sweeps as torch_sweeps
 from torchtitan_liger.head_loss.distillation import Teacher
 from torchtitan_liger.head_loss.evaluate import Metrics
 from torchtitan_liger.head_loss.options import HeadLossOptions
+from torchtitan_liger.head_loss.sequences import Sequences
 from torchtitan_liger.head_loss.statistics import (
     OF_TEACHER,
     Coefficients,
@@ -39,7 +40,7 @@ from torchtitan_liger.head_loss.statistics import (
     unpack,
 )
 from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
-from torchtitan_liger.head_loss.terms import Rows, Sequences, Term, needs_of
+from torchtitan_liger.head_loss.terms import Rows, Term, needs_of
 from torchtitan_liger.head_loss.vocab_parallel import VocabShard, add_up, exchange
 
 
@@ -68,12 +69,12 @@ class HeadCall(NamedTuple):
         return [slice(i, i + step) for i in range(0, max(1, num_tokens), step)]
 
     def read_again(self) -> list[torch.Tensor]:
-        """The caller's tensors that a second phase reads."""
+        """What a second phase reads; some of the rows are the caller's own tensors."""
         teacher = self.teacher
         of_teacher = (
             () if teacher is None else (teacher.logits, teacher.hidden, teacher.weight)
         )
-        tensors = *of_teacher, self.rows.get("candidates")
+        tensors = *of_teacher, *self.rows.values()
         return [x for x in tensors if x is not None]
 
 

@@ -8,8 +8,9 @@ from typing import Literal
 
 import torch
 
+from torchtitan_liger.head_loss.sequences import Sequences
 from torchtitan_liger.head_loss.statistics import Statistics
-from torchtitan_liger.head_loss.terms import Rows, Sequences, SequenceTerm, Term
+from torchtitan_liger.head_loss.terms import Rows, SequenceTerm, Term
 
 KINDS = ("ppo", "cispo", "reinforce")
 # What terms with advantages report of each token; and those that have a ratio, the token's
@@ -55,9 +56,9 @@ class PolicyGradient(Term):
                 f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}"
             )
         _check_clip(self.clip_low, self.clip_high)
-        if self.dual_clip is not None and self.dual_clip <= 1:
+        if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
-        if self.importance_cap is not None and self.importance_cap <= 0:
+        if self.importance_cap is not None and not self.importance_cap > 0:
             raise ValueError(
                 f"importance_cap must be positive, got {self.importance_cap}"
             )
@@ -89,7 +90,7 @@ class PolicyGradient(Term):
     def _loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         advantages = rows["advantages"]
         if not self._has_ratio:
-            return -advantages * stats.logp
+            return -(advantages * stats.logp)
         ratio = torch.exp(stats.logp - rows["old_logp"])
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         if self.kind == "cispo":
@@ -177,7 +178,7 @@ class SequencePolicyGradient(SequenceTerm):
         self, stats: Statistics, rows: Rows, sequences: Sequences
     ) -> torch.Tensor:
         """[C] that of each token's sequence."""
-        return sequences.mean(stats.logp - rows["old_logp"])[sequences.ids_C]
+        return sequences.spread(sequences.mean(stats.logp - rows["old_logp"]))
 
 
 PREFERENCES = ("dpo", "ipo", "simpo", "orpo")
@@ -199,9 +200,9 @@ class Preference(SequenceTerm):
     ones come first (`layout = "halves"`). A pair's loss is spread evenly over its tokens,
     so the sum over tokens is the sum over pairs, and the number of pairs the normalizer.
 
-    Reported for each token of a pair, so that a mean over tokens is one: the difference d
-    ("margin"), whether it is positive ("accuracy"), and what it is the difference of
-    ("chosen", "rejected").
+    Reported for each token of a pair, so that with the number of tokens as the normalizer
+    these are means over tokens: the difference d ("margin"), whether it is positive
+    ("accuracy"), and what it is the difference of ("chosen", "rejected").
 
     Rows: `ref_logp` for "dpo" and "ipo".
     """
@@ -219,7 +220,7 @@ class Preference(SequenceTerm):
             raise ValueError(
                 f"kind must be one of {', '.join(PREFERENCES)}, got {self.kind!r}"
             )
-        if self.beta <= 0:
+        if not self.beta > 0:
             raise ValueError(f"beta must be positive, got {self.beta}")
         if self.layout not in ("pairs", "halves"):
             raise ValueError(f"layout must be pairs or halves, got {self.layout!r}")
@@ -235,7 +236,7 @@ class Preference(SequenceTerm):
     def sequence_loss(
         self, stats: Statistics, rows: Rows, sequences: Sequences
     ) -> torch.Tensor:
-        chosen, rejected, pair_C = self._scores(stats, rows, sequences)
+        chosen, rejected, pairs = self._scores(stats, rows, sequences)
         margin = chosen - rejected
         log_sigmoid = torch.nn.functional.logsigmoid
         if self.kind == "dpo":
@@ -246,21 +247,20 @@ class Preference(SequenceTerm):
             loss = -log_sigmoid(self.beta * margin - self.gamma)
         else:
             loss = -self.beta * log_sigmoid(margin)
-        pairs = Sequences(pair_C, len(margin), sequences.valid_C)
-        return (loss / pairs.lengths(stats.logp))[pair_C]
+        return pairs.spread(loss / pairs.lengths(stats.logp))
 
     def sequence_metrics(
         self, stats: Statistics, rows: Rows, sequences: Sequences
     ) -> Sequence[torch.Tensor]:
-        chosen, rejected, pair_C = self._scores(stats, rows, sequences)
+        chosen, rejected, pairs = self._scores(stats, rows, sequences)
         margin = chosen - rejected
-        return [x[pair_C] for x in (margin > 0, margin, chosen, rejected)]
+        return [pairs.spread(x) for x in (margin > 0, margin, chosen, rejected)]
 
     def _scores(
         self, stats: Statistics, rows: Rows, sequences: Sequences
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, Sequences]:
         """What `d` subtracts, of the chosen and of the rejected sequence of each pair;
-        and [C] each token's pair."""
+        and the pairs."""
         if sequences.num % 2:
             raise ValueError(
                 f"preferences need pairs of sequences, got {sequences.num} sequences"
@@ -273,10 +273,14 @@ class Preference(SequenceTerm):
             # log(p / (1 - p)) of p = exp(score), which rounds to 1 for sure words.
             miss = -torch.expm1(score.clamp(max=-torch.finfo(score.dtype).eps))
             score = score - miss.log()
-        if self.layout == "pairs":
-            return score[0::2], score[1::2], sequences.ids_C // 2
-        half = len(score) // 2
-        return score[:half], score[half:], sequences.ids_C % half
+        num, ids_C = len(score) // 2, sequences.ids_C
+        of_pairs = self.layout == "pairs"
+        pairs = Sequences(
+            ids_C // 2 if of_pairs else ids_C % num, num, sequences.valid_C
+        )
+        if of_pairs:
+            return score[0::2], score[1::2], pairs
+        return score[:num], score[num:], pairs
 
 
 def _of_samples(stats: Statistics, rows: Rows) -> list[torch.Tensor]:

@@ -23,13 +23,18 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
 from torchtitan_liger.head_loss.calls import per_token
 from torchtitan_liger.head_loss.options import HeadLossOptions
-from torchtitan_liger.head_loss.statistics import OPTIONAL, Statistics
+from torchtitan_liger.head_loss.sequences import Sequences
+from torchtitan_liger.head_loss.statistics import (
+    OPTIONAL,
+    WITHOUT_GRADIENT,
+    Statistics,
+)
 
 Rows = Mapping[str, torch.Tensor]
 """Further numbers for each token, [C] or [C, K], by the name under which the caller gave
@@ -74,46 +79,13 @@ class Term:
         return ()
 
 
-class Sequences(NamedTuple):
-    """Which tokens belong together."""
-
-    ids_C: torch.Tensor  # int64 in [0, num), one sequence per number
-    num: int
-    valid_C: torch.Tensor  # whether the token has a label
-    tokens_each: int | None = None  # where all have as many, one after the other
-
-    def rows(self, rows: slice) -> Sequences:
-        """Those of a chunk that begins and ends with a sequence, or of all rows."""
-        ids_C = self.ids_C[rows]
-        if len(ids_C) == len(self.ids_C):
-            return self
-        assert self.tokens_each is not None
-        return self._replace(
-            ids_C=ids_C - rows.start // self.tokens_each,
-            num=len(ids_C) // self.tokens_each,
-            valid_C=self.valid_C[rows],
-        )
-
-    def sum(self, x_C: torch.Tensor) -> torch.Tensor:
-        """[num] sums over the tokens with a label."""
-        masked_C = torch.where(self.valid_C, x_C, 0.0)
-        return x_C.new_zeros(self.num).index_add(0, self.ids_C, masked_C)
-
-    def lengths(self, like: torch.Tensor) -> torch.Tensor:
-        """[num] tokens with a label, at least 1, in the dtype of `like`."""
-        return self.sum(torch.ones_like(like)).clamp(min=1)
-
-    def mean(self, x_C: torch.Tensor) -> torch.Tensor:
-        """[num] means over the tokens with a label; 0 for a sequence without any."""
-        return self.sum(x_C) / self.lengths(x_C)
-
-
 class SequenceTerm(Term):
     """A term whose loss of a token depends on the other tokens of its sequence.
 
     Its gradients wait until all tokens of a sequence have been seen: the engine cuts
     chunks along sequences where their logits fit into the budget, and otherwise computes
-    the logits a second time.
+    the logits a second time. A chunk counts its sequences from zero: their numbers say
+    who belongs together, and nothing else.
     """
 
     @property
@@ -202,7 +174,7 @@ class Focal(Term):
     name: str = "focal"
 
     def __post_init__(self) -> None:
-        if self.gamma < 0:
+        if not self.gamma >= 0:
             raise ValueError(f"gamma must be at least 0, got {self.gamma}")
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
@@ -264,6 +236,10 @@ class Unlikelihood(Term):
     needs = frozenset({"logp_k"})
     inputs = frozenset({"candidates"})
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"floor must be in [0, 1), got {self.floor}")
+
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         assert stats.logp_k is not None
         present = rows["candidates"] >= 0
@@ -297,8 +273,9 @@ def needs_of(terms: Sequence[Term]) -> frozenset[str]:
 def check_terms(terms: Sequence[Term]) -> None:
     """
     Raises:
-        ValueError: for no terms, for what is no term, for two of one name, for a
-            statistic that does not exist, or for two that need one thing in two ways.
+        ValueError: for no terms, for what is no term, for two of one name, for a weight
+            that is no number, for a statistic that does not exist or that is not asked
+            for, or for two that need one thing in two ways.
     """
     for term in terms:
         if not isinstance(term, Term):
@@ -315,6 +292,21 @@ def check_terms(terms: Sequence[Term]) -> None:
             raise ValueError(
                 f"the term {term.name} needs {', '.join(unknown)}; there are "
                 f"{', '.join(sorted(OPTIONAL))}"
+            )
+        if isinstance(term.weight, torch.Tensor) or not math.isfinite(term.weight):
+            raise ValueError(
+                f"the weight of {term.name} must be a finite number, got {term.weight}"
+            )
+        if "logp_k" in term.needs and "candidates" not in term.inputs:
+            raise ValueError(
+                f"the term {term.name} needs logp_k, which is of the row input candidates: "
+                "that has to be in its `inputs`"
+            )
+        differentiable = {"logp", "lse"} | term.needs - WITHOUT_GRADIENT
+        if unknown := sorted(set(term.slopes or ()) - differentiable):
+            raise ValueError(
+                f"the term {term.name} has slopes by {', '.join(unknown)}, which is not in "
+                "its `needs` or has no gradient"
             )
     betas = {getattr(term, "jsd_beta", 0.5) for term in terms if "jsd" in term.needs}
     if len(betas) > 1:

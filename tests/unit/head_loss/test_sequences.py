@@ -15,10 +15,11 @@ from liger_kernel.chunked_loss import (
     LigerFusedLinearSimPOLoss,
 )
 
-from tests.helpers import Problem, read_by, relative_error
+from tests.helpers import Problem, full_logits, read_by, relative_error
 from torchtitan_liger.head_loss import (
     CrossEntropy,
     HeadLoss,
+    HeadLossOptions,
     Preference,
     SequencePolicyGradient,
     SequenceTerm,
@@ -223,6 +224,62 @@ def test_what_a_preference_reports_is_of_whole_pairs(problem, kind, layout, chun
             "rejected": rejected,
         },
     )
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        SequencePolicyGradient(0.2, 0.2),
+        *map(Preference, ("dpo", "ipo", "simpo", "orpo")),
+    ],
+    ids=lambda term: getattr(term, "kind", term.name),
+)
+def test_long_sequences_are_as_exact_in_float32(term):
+    """One by one, thousands of float32 numbers would lose some digits."""
+    length = 8192
+    problem = Problem(T=2 * length, D=8, V=32, ignored=0, scale=0.1)
+    g = torch.Generator().manual_seed(1)
+    rows = {"old_logp": -3.5 + 0.1 * torch.randn(2, length, generator=g)}
+    rows |= {"ref_logp": rows["old_logp"], "advantages": torch.ones(2, length)}
+    head = HeadLoss([term])
+
+    def loss_of(hidden, weight, labels):
+        shape = labels.view(2, length)
+        return head(
+            hidden.view(2, length, 8),
+            weight,
+            shape,
+            normalizer=3,
+            **read_by(head, rows),
+        ).loss
+
+    truth = problem.run(loss_of)
+    plain = problem.run(full_logits(HeadLossOptions()), torch.float32)
+    of_plain = plain.errors(problem.run(full_logits(HeadLossOptions())))
+    ours = problem.run(loss_of, torch.float32).errors(truth)
+    for name in ("d_hidden", "d_weight"):
+        assert ours[name] < 2 * of_plain[name], (name, ours, of_plain)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"sequence_ids": torch.full((27,), 3)}, r"in \[0, 3\) .* got 3"),
+        ({"sequence_ids": torch.full((27,), -1)}, r"in \[0, 3\) .* got -1"),
+        ({"sequence_ids": torch.zeros(27)}, "int64 or int32, got torch.float32"),
+        ({"sequence_ids": torch.zeros(27).long(), "num_sequences": 0}, "at least 1"),
+        ({"sequence_ids": None}, "belong together"),
+    ],
+)
+def test_numbers_that_are_no_sequences_are_an_error(call, message):
+    problem = Problem(T=27, D=16, V=101)
+    args = problem.hidden, problem.weight, problem.labels
+    rows = {"old_logp": torch.zeros(27), "advantages": torch.ones(27)}
+    call = {"num_sequences": 3, **call}
+    with pytest.raises(ValueError, match=message):
+        HeadLoss([SequencePolicyGradient()])(*args, **rows, **call)
+    with pytest.raises(ValueError, match="no term over sequences"):
+        HeadLoss()(*args, **call)
 
 
 def test_losses_per_token_have_no_sequences():

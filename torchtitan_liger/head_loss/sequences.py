@@ -1,0 +1,88 @@
+"""Which tokens belong together, for terms over sequences. `T` or `C` tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from torchtitan_liger.head_loss.calls import per_token
+
+
+class Sequences(NamedTuple):
+    """The sequences of some tokens; those of a chunk count from zero."""
+
+    ids_C: torch.Tensor  # int64 in [0, num), one sequence per number
+    num: int
+    valid_C: torch.Tensor  # whether the token has a label
+    tokens_each: int | None = None  # where all have as many, one after the other
+
+    def rows(self, rows: slice) -> Sequences:
+        """Those of a chunk that begins and ends with a sequence, or of all rows."""
+        ids_C = self.ids_C[rows]
+        if len(ids_C) == len(self.ids_C):
+            return self
+        assert self.tokens_each is not None
+        return self._replace(
+            ids_C=ids_C - rows.start // self.tokens_each,
+            num=len(ids_C) // self.tokens_each,
+            valid_C=self.valid_C[rows],
+        )
+
+    def sum(self, x_C: torch.Tensor) -> torch.Tensor:
+        """[num] sums over the tokens with a label."""
+        # One by one in float32, thousands of tokens would lose some digits.
+        wide_C = torch.where(self.valid_C, x_C, 0.0).double()
+        sums = wide_C.new_zeros(self.num).index_add(0, self.ids_C, wide_C)
+        return sums.to(torch.promote_types(x_C.dtype, torch.float32))
+
+    def lengths(self, like: torch.Tensor) -> torch.Tensor:
+        """[num] tokens with a label, at least 1, in the dtype of `like`."""
+        return self.sum(torch.ones_like(like)).clamp(min=1)
+
+    def mean(self, x_C: torch.Tensor) -> torch.Tensor:
+        """[num] means over the tokens with a label; 0 for a sequence without any."""
+        return self.sum(x_C) / self.lengths(x_C)
+
+    def spread(self, of_each: torch.Tensor) -> torch.Tensor:
+        """[num] -> [C]: to each token its sequence's. As exact backwards as `sum` is."""
+        return of_each.double()[self.ids_C].to(of_each.dtype)
+
+
+def sequences_of(
+    labels: torch.Tensor,
+    sequence_ids: torch.Tensor | None,
+    num_sequences: int | None,
+    *,
+    ignore_index: int,
+    check_labels: bool,
+) -> Sequences:
+    """Those that the caller numbers, or else the rows of `labels`.
+
+    Raises:
+        ValueError: for numbers that are none; with `check_labels` also for a token with a
+            label that belongs to no sequence.
+    """
+    if (sequence_ids is None) != (num_sequences is None):
+        raise ValueError("sequence_ids and num_sequences belong together")
+    if sequence_ids is None or num_sequences is None:
+        length = labels.shape[-1] if labels.ndim else 1
+        count = labels.numel() // max(1, length)
+        ids_T = torch.arange(count, device=labels.device).repeat_interleave(
+            length, output_size=labels.numel()
+        )
+        return Sequences(ids_T, count, ids_T.bool(), tokens_each=length)
+    (ids_T,) = per_token({"sequence_ids": sequence_ids}, labels).values()
+    if ids_T.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"sequence_ids must be int64 or int32, got {ids_T.dtype}")
+    if num_sequences < 1:
+        raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
+    if check_labels and not torch.compiler.is_compiling():
+        labeled_T = labels.reshape(-1) != ignore_index
+        bad_T = labeled_T & ((ids_T < 0) | (ids_T >= num_sequences))
+        if bad_T.any():
+            raise ValueError(
+                f"sequence_ids must be in [0, {num_sequences}) where there is a label, "
+                f"got {ids_T[bad_T][0].item()}"
+            )
+    return Sequences(ids_T.long(), num_sequences, ids_T.bool())

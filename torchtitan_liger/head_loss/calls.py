@@ -77,6 +77,8 @@ def per_token(
     """
     flat = {}
     for name, tensor in inputs.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor like labels, got {tensor!r}")
         more = name in with_extra_dim
         leading = tensor.shape[: labels.ndim] if more else tensor.shape
         fits = leading == labels.shape and tensor.ndim == labels.ndim + more
@@ -134,8 +136,10 @@ def check_candidates(
     vocabulary.
 
     Raises:
-        ValueError: for such a candidate, with `check_labels`.
+        ValueError: for such a candidate, with `check_labels`; for no integers.
     """
+    if words_TK.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"candidates must be int64 or int32, got {words_TK.dtype}")
     bad_TK = (words_TK >= vocab_size) & (call.labels_T != ignore_index)[:, None]
     if check_labels and not torch.compiler.is_compiling() and bad_TK.any():
         raise ValueError(

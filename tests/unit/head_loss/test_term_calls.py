@@ -32,6 +32,30 @@ class Unknown(Term):
     name, weight, needs = "unknown", 1.0, frozenset({"rank"})
 
 
+@dataclass(frozen=True)
+class Looked(Term):
+    """Reads a table of its own, in float64, by an integer of each token."""
+
+    weight: float = 1.0
+    name: str = "looked"
+    inputs = frozenset({"word"})
+    metric_names = ("factor", "factor/min", "is_one/min")
+
+    def loss(self, stats, rows):
+        return -self.factor(rows) * stats.logp
+
+    def metrics(self, stats, rows):
+        return self.factor(rows), self.factor(rows), rows["word"] == 1
+
+    @staticmethod
+    def factor(rows):
+        return torch.arange(9, dtype=torch.float64)[rows["word"]]
+
+
+def own(**attributes):
+    return type("Own", (Term,), {"name": "own", "weight": 1.0, **attributes})()
+
+
 def test_terms_and_metrics_are_what_full_logits_give():
     problem = Problem(T=200, D=16, V=11, scale=3.0)
     z = (problem.hidden @ problem.weight.T)[problem.labels != -100]
@@ -61,6 +85,34 @@ def test_a_term_of_weight_0_reports_and_leaves_the_gradients_alone():
     assert torch.equal(both.d_weight, alone.d_weight)
     out = head(problem.hidden, problem.weight, problem.labels)
     assert out.terms["z_loss"] > 0
+
+
+def test_wider_numbers_of_a_term_do_not_widen_the_loss():
+    problem = Problem(T=9, D=8, V=21)
+    word = torch.arange(9) % 3 + 1
+    truth = HeadLoss([Looked()])(
+        problem.hidden, problem.weight, problem.labels, word=word
+    )
+    args = problem.hidden.float(), problem.weight.float(), problem.labels
+    out = HeadLoss([Looked()])(*args, word=word)
+    for x in (out.loss, *out.terms.values(), *out.metrics.values()):
+        assert x.dtype == torch.float32
+    assert out.loss.item() == pytest.approx(truth.loss.item(), rel=1e-6)
+    kept = problem.labels != -100
+    assert out.metrics["looked/factor"] == word[kept].sum()
+    assert out.metrics["looked/factor/min"] == word[kept].min()
+    assert out.metrics["looked/is_one/min"] == 0
+
+
+def test_advantages_may_be_integers():
+    problem = Problem(T=9, D=8, V=21)
+    args, ones = (problem.hidden, problem.weight, problem.labels), torch.ones(9)
+    head_loss = HeadLoss([PolicyGradient("reinforce")])
+    truth = head_loss(*args, advantages=ones)
+    for dtype in (torch.uint8, torch.bool, torch.int64):
+        out = head_loss(*args, advantages=ones.to(dtype))
+        assert out.loss == truth.loss
+        assert out.metrics == truth.metrics
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
@@ -125,20 +177,22 @@ def test_losses_per_token_have_exact_gradients(settings, chunks):
     assert max(ours.errors(truth).values()) < 1e-12
 
 
-@pytest.mark.parametrize("what", ["teacher", "candidates"])
+@pytest.mark.parametrize("what", ["teacher", "candidates", "word"])
 def test_what_a_second_phase_reads_may_not_change_before(what):
     """Autograd knows of hidden states and weight; of the others it has to be told."""
     problem = Problem(T=8, D=16, V=101, ignored=0)
     changed = {
         "teacher": torch.randn(8, 101).double(),
         "candidates": torch.randint(101, (8, 2)),
+        "word": torch.ones(8, dtype=torch.long),
     }
-    head_loss = HeadLoss([CrossEntropy(), Distillation(), Unlikelihood()])
+    head_loss = HeadLoss([CrossEntropy(), Distillation(), Unlikelihood(), Looked()])
     hidden = problem.hidden.clone().requires_grad_()
     losses = head_loss(
         *(hidden, problem.weight, problem.labels),
         teacher=Teacher(logits=changed["teacher"]),
         candidates=changed["candidates"],
+        word=changed["word"],
         reduction="none",
     ).loss
     changed[what].zero_()
@@ -152,6 +206,16 @@ def test_what_a_second_phase_reads_may_not_change_before(what):
         (lambda: HeadLoss([]), "at least one term"),
         (lambda: HeadLoss([ZLoss(1.0), ZLoss(2.0)]), "terms of different names"),
         (lambda: HeadLoss([Unknown()]), "needs rank; there"),
+        (lambda: HeadLoss([ZLoss(float("nan"))]), "z_loss must be a finite number"),
+        (lambda: HeadLoss([ZLoss(torch.ones(()))]), "z_loss must be a finite number"),
+        (lambda: HeadLoss([own(needs={"logp_k"})]), "row input candidates"),
+        (lambda: HeadLoss([own(slopes={"entropy": 1.0})]), "slopes by entropy"),
+        (lambda: HeadLoss([own(slopes={"max_logp": 1.0})]), "slopes by max_logp"),
+        (lambda: Focal(float("nan")), "at least 0, got nan"),
+        (lambda: Unlikelihood(floor=1.0), r"in \[0, 1\), got 1.0"),
+        (lambda: PolicyGradient(dual_clip=float("nan")), "above 1, got nan"),
+        (lambda: PolicyGradient(importance_cap=float("nan")), "positive, got nan"),
+        (lambda: Preference(beta=float("nan")), "positive, got nan"),
         (lambda: HeadLoss(ZLoss(1.0)), r"such as \[ZLoss\(weight=1.0"),
         (lambda: HeadLoss([CrossEntropy]), "such as CrossEntropy\\(\\), got <class"),
         (lambda: HeadLoss([ZLoss(1.0)], HeadLossOptions(z_loss=1.0)), "of your own"),
@@ -298,6 +362,28 @@ def test_a_term_gives_one_loss_for_each_token(make, shape):
     problem = Problem(T=5, D=16, V=101, ignored=0)
     with pytest.raises(ValueError, match=rf"mine must give .*\[5\], got {shape}"):
         HeadLoss([Returns(make)])(problem.hidden, problem.weight, problem.labels)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [lambda x: x[:, None], lambda x: x.sum(), lambda x: 1.0, lambda x: [x, x]],
+)
+def test_a_term_gives_one_metric_for_each_name_and_token(metric):
+    problem = Problem(T=5, D=16, V=101, ignored=0)
+    term = Reads(lambda s, _: s.logp, lambda s, _: metric(s.logp), 1.0)
+    with pytest.raises(ValueError, match=r"mine must give each of its 1 .*\[5\], got"):
+        HeadLoss([term])(problem.hidden, problem.weight, problem.labels)
+
+
+def test_what_is_no_tensor_of_words_is_an_error():
+    problem = Problem(T=5, D=16, V=101, ignored=0)
+    args = problem.hidden, problem.weight, problem.labels
+    with pytest.raises(
+        ValueError, match=r"candidates must be int64 .* got torch.float"
+    ):
+        HeadLoss([Unlikelihood()])(*args, candidates=torch.zeros(5, 2))
+    with pytest.raises(ValueError, match="advantages must be a tensor .* got 1.0"):
+        HeadLoss([PolicyGradient("reinforce")])(*args, advantages=1.0)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+BOOLEANS = {"true": True, "false": False}
 PACKAGE_PARENT = Path(__file__).resolve().parent.parent
 
 
@@ -29,10 +30,10 @@ def prepare_argv(argv: Sequence[str]) -> list[str]:
     prepared: list[str] = []
     for argument in argv:
         flag, _, value = argument.partition("=")
-        if argument in ("True", "False") and prepared and _is_switch(prepared[-1]):
-            prepared[-1] = _switch(prepared[-1], argument == "True")
-        elif value in ("True", "False") and _is_switch(flag):
-            prepared.append(_switch(flag, value == "True"))
+        if argument.lower() in BOOLEANS and prepared and _is_switch(prepared[-1]):
+            prepared[-1] = _switch(prepared[-1], BOOLEANS[argument.lower()])
+        elif value.lower() in BOOLEANS and _is_switch(flag):
+            prepared.append(_switch(flag, BOOLEANS[value.lower()]))
         else:
             prepared.append(argument)
     older = re.compile(r"--training\.(no[-_])?compile")
@@ -84,7 +85,8 @@ def read_toml(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _is_switch(flag: str) -> bool:
-    return re.fullmatch(r"--(liger_kernel\.\w+|training\.compile)", flag) is not None
+    ours = r"--(liger[-_]kernel\.[\w-]+|training\.compile)"
+    return re.fullmatch(ours, flag) is not None
 
 
 def _switch(flag: str, value: bool) -> str:

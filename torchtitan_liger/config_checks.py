@@ -71,11 +71,14 @@ def check_weights(argv: Sequence[str], toml: Mapping[str, Any], path: str) -> No
     option = re.compile(r"--head[_-]loss\.([\w-]+)\.([\w-]+)(=.*)?")
     tables = toml.get("head_loss", {})
     given: dict[str, list[str]] = {name: [] for name in tables}
+    defaults = HeadLoss()
     for argument in argv:
         if match := option.fullmatch(argument):
             name, key = (part.replace("-", "_") for part in match.groups()[:2])
-            given.setdefault(name, []).append(key)
-    defaults = HeadLoss()
+            if hasattr(
+                getattr(defaults, name, None), key
+            ):  # the parser knows no others
+                given.setdefault(name, []).append(key)
     for name, keys in given.items():
         if getattr(getattr(defaults, name, None), "weight", 1.0) is not None:
             continue

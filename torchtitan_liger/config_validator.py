@@ -132,6 +132,17 @@ def _sequence_context_parallel(job: JobConfig, _: Environment) -> str | None:
     )
 
 
+def _half_a_pair(job: JobConfig, _: Environment) -> str | None:
+    batch, config = job.training.local_batch_size, _head_loss(job)
+    if config.preference.weight is None or batch % 2 == 0:
+        return None
+    return (
+        "head_loss.preference needs pairs of sequences on each rank, but "
+        f"training.local_batch_size is {batch}: use --training.local_batch_size "
+        f"{batch + 1}"
+    )
+
+
 def _wants_liger(job: JobConfig) -> bool:
     return settings(job).impl in ("auto", "liger")
 
@@ -220,6 +231,13 @@ RULES = (
         "`head_loss.gspo` or `head_loss.preference` with context parallelism",
         "refused: `--parallelism.context_parallel_degree 1`",
         _sequence_context_parallel,
+        "refuse",
+        ValueError,
+    ),
+    Rule(
+        "`head_loss.preference` with an odd number of sequences in a batch",
+        "refused: an even `--training.local_batch_size`",
+        _half_a_pair,
         "refuse",
         ValueError,
     ),

@@ -19,6 +19,18 @@ NUM_LABELED = "num_labeled"
 TEACHER_LOGITS = "teacher_logits"
 TOKEN_WEIGHTS = "token_weights"
 """A factor of each token's loss; the head takes it from any batch that has it."""
+FOR_TERMS = frozenset(
+    {
+        "advantages",
+        "candidates",
+        "generation_logp",
+        "old_logp",
+        "ref_logp",
+        TEACHER_LOGITS,
+        TOKEN_WEIGHTS,
+    }
+)
+"""What terms read from a batch: never the decoder's, also if none of this job's reads it."""
 
 
 def inputs_of(term: Term) -> set[str]:
@@ -71,7 +83,9 @@ class HeadLossPlan:
         """What the head reads of a batch beside the labels, and what the decoder does."""
         names = {*self.row_inputs, TOKEN_WEIGHTS}
         rows = {name: batch[name] for name in batch if name in names}
-        return rows, {name: batch[name] for name in batch if name not in names}
+        return rows, {
+            name: batch[name] for name in batch if name not in names | FOR_TERMS
+        }
 
     def check_rows(self, rows: Tensors, others: Tensors) -> None:
         """Whether a batch, split by `split_batch`, can be trained on.

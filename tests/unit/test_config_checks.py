@@ -62,6 +62,7 @@ def test_options_of_a_term_without_a_weight_would_be_ignored():
         check_weights([*gamma, "--head_loss.focal.weight", "0.5"], {}, "")
         check_weights(gamma, {"head_loss": {"focal": {"weight": 0.5}}}, "")
     check_weights(["--head_loss.cross_entropy.label_smoothing=0"], {}, "")
+    check_weights(["--head_loss.z_loss.wieght=1"], {}, "")  # the parser's to refuse
     check_weights(["--head_loss.logit_softcap=30", "--head_loss.unknown.key=1"], {}, "")
 
 

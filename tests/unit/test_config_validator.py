@@ -169,7 +169,7 @@ def test_a_converter_of_other_layers_is_none_of_our_business():
 def test_the_readme_has_the_table_and_each_row_a_test_above():
     assert support_table() in (ROOT / "README.md").read_text()
     # A new row needs a new test: for the third one see test_lm_head.
-    assert len(RULES) == 11
+    assert len(RULES) == 12
 
 
 @pytest.mark.parametrize("term", ["gspo", "preference"])
@@ -178,6 +178,13 @@ def test_terms_over_sequences_under_context_parallelism_are_refused(term):
     with pytest.raises(ValueError, match=f"head_loss.{term} needs whole sequences"):
         resolve(job(*args), GPU)
     assert resolve(job(args[0]), GPU).enabled
+
+
+def test_half_a_pair_is_refused():
+    args = "--head_loss.preference.weight=1", "--training.local_batch_size=3"
+    with pytest.raises(ValueError, match="is 3: use --training.local_batch_size 4"):
+        resolve(job(*args), GPU)
+    assert resolve(job(args[1]), GPU).enabled
 
 
 OTHER_LOSSES = [

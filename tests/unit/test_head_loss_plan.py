@@ -3,8 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchtitan_liger.head_loss import CrossEntropy, HeadLossOptions, PolicyGradient
-from torchtitan_liger.head_loss_plan import HeadLossPlan
+from torchtitan_liger.head_loss import (
+    CrossEntropy,
+    Distillation,
+    HeadLossOptions,
+    PolicyGradient,
+    Preference,
+    ReferenceKL,
+    SequencePolicyGradient,
+    Unlikelihood,
+)
+from torchtitan_liger.head_loss_plan import FOR_TERMS, HeadLossPlan, inputs_of
 
 TOKENS = torch.zeros(2, 8, dtype=torch.long)
 ROWS = torch.zeros(2, 8)
@@ -14,15 +23,22 @@ PPO = HeadLossPlan(
 )
 
 
-def test_the_decoder_gets_what_no_term_reads():
+def test_the_decoder_gets_what_is_for_no_term():
     batch = dict.fromkeys(("old_logp", "advantages", "token_weights"), ROWS)
     rows, rest = PPO.split_batch({"input": TOKENS, "positions": TOKENS, **batch})
     assert rows.keys() == batch.keys()
     assert list(rest) == ["input", "positions"]
     PPO.check_rows(rows, rest)
-    rows, rest = PLAIN.split_batch({"input": TOKENS, **batch})
+    rows, rest = PLAIN.split_batch({"input": TOKENS, "mine": TOKENS, **batch})
     assert list(rows) == ["token_weights"]
-    assert list(rest) == ["input", "old_logp", "advantages"]
+    assert list(rest) == ["input", "mine"]
+
+
+def test_what_is_for_terms_is_what_any_term_may_read():
+    terms = [PolicyGradient(importance_cap=2.0), Distillation(), Unlikelihood()]
+    terms += [ReferenceKL(1.0), SequencePolicyGradient(), Preference()]
+    read = set[str]().union(*map(inputs_of, terms))
+    assert read | {"token_weights"} == FOR_TERMS
 
 
 def test_a_missing_tensor_is_named_with_its_reader_and_what_is_there():

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 from torchtitan_liger import device
 from torchtitan_liger.cli import name_config_module, prepare_argv, read_toml
 
 
-def main() -> None:
-    """Train the job that the command line describes."""
+def main(register: Callable[[], None] | None = None) -> None:
+    """Train the job that the command line describes.
+
+    Args:
+        register: called before the trainer is built, and the place for imports of
+            torchtitan: to register a dataloader or datasets of your own.
+    """
     # torchtitan's parser reads the command line while it is imported.
     sys.argv[1:] = prepare_argv(name_config_module(sys.argv[1:]))
     # What it tells the user to call for help.
     sys.argv[0] = os.environ.get("LAUNCHER", "python -m torchtitan_liger.train")
     device.prepare()
+    if register is not None:
+        register()
     from torch.distributed.elastic.multiprocessing.errors import record
 
     record(_train)()  # torchrun's last lines say what was wrong

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import textwrap
 
 import pytest
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from tests.helpers import FLAG, ROOT, run_training
+from tests.helpers import FLAG, ROOT, python_env, run_command, run_training
 from torchtitan_liger.loss_curves import LOSS, read_tensorboard
 
 pytestmark = pytest.mark.slow
@@ -148,3 +150,51 @@ def test_every_curve_is_that_of_one_process(layout, alone, train):
         # A word more or less that is right, of 512
         slack = 0.0021 if tag == "head_loss/accuracy" else 0.0
         assert curves[tag] == pytest.approx(expected[tag], rel=1e-4, abs=slack), tag
+
+
+MY_DATA = """
+import torch
+from torchtitan_liger.data import build_text_dataloader
+
+def build_dataloader(**kwargs):
+    loader = build_text_dataloader(**kwargs)
+
+    class WithAdvantages(type(loader)):
+        def __iter__(self):
+            for inputs, labels in super().__iter__():
+                rows = {name: torch.ones(labels.shape) for name in ("advantages", "old_logp")}
+                yield {**inputs, **rows}, labels
+
+    loader.__class__ = WithAdvantages
+    return loader
+"""
+
+
+def test_a_dataloader_of_ones_own_feeds_the_terms_as_the_readme_says(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    start = readme.index("    from torchtitan_liger.train import main\n")
+    end = readme.index("main(register)\n", start) + len("main(register)\n")
+    (tmp_path / "my_train.py").write_text(textwrap.dedent(readme[start:end]))
+    (tmp_path / "my_data.py").write_text(MY_DATA)
+    run = run_command(
+        ROOT / "run_train.sh",
+        FLAG,
+        "--head_loss.policy_gradient.weight=0.5",
+        "--head_loss.policy_gradient.kind=reinforce",  # reads no old_logp
+        f"--training.seq_len={LENGTH}",
+        "--training.steps=1",
+        "--metrics.disable_color_printing",
+        env=python_env(
+            NGPU="1",
+            TRAIN_FILE="my_train",
+            PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]),
+        ),
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stdout[-4000:]
+    curves = read_tensorboard(tmp_path)
+    assert curves["head_loss/policy_gradient/advantage"][1] == 1.0
+    # With advantages of one it is the cross entropy.
+    cross_entropy = curves["head_loss/cross_entropy"][1]
+    assert curves["head_loss/policy_gradient"][1] == pytest.approx(cross_entropy)
+    assert curves[LOSS][1] == pytest.approx(1.5 * cross_entropy)

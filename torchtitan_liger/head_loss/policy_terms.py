@@ -38,6 +38,11 @@ class PolicyGradient(Term):
     cap: min(exp(old_logp - generation_logp), importance_cap). For a weight per sequence
     give `token_weights`.
 
+    Reported for each token: `new_logp` (log p_y), `old_logp`; `advantage`, and its extremes
+    `advantage/max` and `advantage/min`; `ratio` and, for its variance, `ratio_squared`;
+    `kl_new_old`, r - 1 - log r, whose mean estimates KL(old | new); `clip_fraction`, whether
+    r is beyond a bound, whatever the sign of A.
+
     Rows: `advantages`; `old_logp` (not for "reinforce" without a cap);
     `generation_logp` with a cap.
     """
@@ -144,6 +149,8 @@ class SequencePolicyGradient(SequenceTerm):
     The paper's mean over a sequence's tokens is for the caller: `token_weights` of
     1 / length, and the number of sequences as the normalizer.
 
+    Reported are the metrics of `PolicyGradient`, with the sequence's ratio for each token.
+
     Rows: `advantages`, `old_logp`.
     """
 
@@ -201,8 +208,9 @@ class Preference(SequenceTerm):
     so the sum over tokens is the sum over pairs, and the number of pairs the normalizer.
 
     Reported for each token of a pair, so that with the number of tokens as the normalizer
-    these are means over tokens: the difference d ("margin"), whether it is positive
-    ("accuracy"), and what it is the difference of ("chosen", "rejected").
+    these are means over tokens, longer pairs counting more: the difference d above
+    (`margin`, without beta), whether it is positive (`accuracy`), and what it is the
+    difference of (`chosen`, `rejected`).
 
     Rows: `ref_logp` for "dpo" and "ipo".
     """

@@ -75,9 +75,8 @@ def check_weights(argv: Sequence[str], toml: Mapping[str, Any], path: str) -> No
     for argument in argv:
         if match := option.fullmatch(argument):
             name, key = (part.replace("-", "_") for part in match.groups()[:2])
-            if hasattr(
-                getattr(defaults, name, None), key
-            ):  # the parser knows no others
+            # What does not exist is the parser's to refuse.
+            if hasattr(getattr(defaults, name, None), key):
                 given.setdefault(name, []).append(key)
     for name, keys in given.items():
         if getattr(getattr(defaults, name, None), "weight", 1.0) is not None:

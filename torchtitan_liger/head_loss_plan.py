@@ -82,10 +82,9 @@ class HeadLossPlan:
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """What the head reads of a batch beside the labels, and what the decoder does."""
         names = {*self.row_inputs, TOKEN_WEIGHTS}
+        for_head = names | FOR_TERMS
         rows = {name: batch[name] for name in batch if name in names}
-        return rows, {
-            name: batch[name] for name in batch if name not in names | FOR_TERMS
-        }
+        return rows, {name: batch[name] for name in batch if name not in for_head}
 
     def check_rows(self, rows: Tensors, others: Tensors) -> None:
         """Whether a batch, split by `split_batch`, can be trained on.

@@ -138,8 +138,7 @@ def check_candidates(
     Raises:
         ValueError: for such a candidate, with `check_labels`; for no integers.
     """
-    if words_TK.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"candidates must be int64 or int32, got {words_TK.dtype}")
+    check_integers("candidates", words_TK)
     bad_TK = (words_TK >= vocab_size) & (call.labels_T != ignore_index)[:, None]
     if check_labels and not torch.compiler.is_compiling() and bad_TK.any():
         raise ValueError(
@@ -147,6 +146,15 @@ def check_candidates(
             f"{words_TK[bad_TK][0].item()}"
         )
     return call._replace(scale=call.scale.masked_fill(bad_TK.any(), torch.nan))
+
+
+def check_integers(name: str, tensor: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: for a dtype that holds no words and no positions.
+    """
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} must be int64 or int32, got {tensor.dtype}")
 
 
 def masked(x: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
@@ -293,8 +301,7 @@ def _check_tensors(
             "labels must have the shape of hidden without its last dim, got labels "
             f"{tuple(labels.shape)} and hidden {tuple(hidden.shape)}"
         )
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"labels must be int64 or int32, got {labels.dtype}")
+    check_integers("labels", labels)
     if not hidden.device == weight.device == labels.device:
         raise ValueError(
             "hidden, weight and labels must be on one device, got "

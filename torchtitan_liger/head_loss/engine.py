@@ -192,13 +192,14 @@ class HeadLoss:
             call = check_candidates(
                 call, rows["candidates"], vocab_size, ignored, check_labels
             )
+        labels_N, valid_N = call.labels_T, call.labels_T != self.options.ignore_index
         sequences = None
         if self._sequence_terms:
             sequences = sequences_of(
                 labels,
+                valid_N,
                 sequence_ids,
                 num_sequences,
-                ignore_index=self.options.ignore_index,
                 check_labels=check_labels,
             )
         elif sequence_ids is not None or num_sequences is not None:
@@ -227,7 +228,6 @@ class HeadLoss:
             call = call._replace(scale=scale)
             return self._reference(call, token_weights, labels.shape, reduction)
 
-        labels_N, valid_N = call.labels_T, call.labels_T != self.options.ignore_index
         if kept_N is not None:
             labels_N, valid_N = labels_N[kept_N], valid_N[kept_N]
             rows = {name: x[kept_N] for name, x in rows.items()}
@@ -237,11 +237,6 @@ class HeadLoss:
                 sequences = Sequences(sequences.ids_C[kept_N], sequences.num, valid_N)
         # What an ignored row holds must not reach the others of its sequence.
         rows = {name: masked(x, valid_N) for name, x in rows.items()}
-        if sequences is not None:
-            ids_N = sequences.ids_C
-            if sequences.tokens_each is None:  # the caller's
-                ids_N = torch.where(valid_N, ids_N, 0)
-            sequences = sequences._replace(ids_C=ids_N, valid_C=valid_N)
 
         plan, two_phase = self._schedule(
             labels_N.numel(), weight, call.products_dtype, shard, sequences

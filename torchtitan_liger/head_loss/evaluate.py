@@ -52,19 +52,7 @@ class Metrics:
             assert stats.entropy is not None
             values.append(stats.entropy)
         for term in terms:
-            with _explained(term):
-                if isinstance(term, SequenceTerm):
-                    assert sequences is not None
-                    metrics = term.sequence_metrics(stats, rows, sequences)
-                else:
-                    metrics = term.metrics(stats, rows)
-            shapes = [list(getattr(x, "shape", ())) for x in metrics]
-            if shapes != [list(stats.logp.shape)] * len(term.metric_names):
-                raise ValueError(
-                    f"the term {term.name} must give each of its {len(term.metric_names)} "
-                    f"metrics for each token, {list(stats.logp.shape)}, got {shapes}"
-                )
-            values.extend(metrics)
+            values.extend(_metrics(term, stats, rows, sequences))
         values = [x.to(stats.logp.dtype) for x in values]
         values_MC = torch.stack(
             [
@@ -218,6 +206,24 @@ def _loss(
             f"{list(stats.logp.shape)}, got {list(loss_C.shape)}"
         )
     return loss_C.to(stats.logp.dtype)  # whatever dtype its own numbers have
+
+
+def _metrics(
+    term: Term, stats: Statistics, rows: Rows, sequences: Sequences | None
+) -> Sequence[torch.Tensor]:
+    with _explained(term):
+        if isinstance(term, SequenceTerm):
+            assert sequences is not None
+            metrics = term.sequence_metrics(stats, rows, sequences)
+        else:
+            metrics = term.metrics(stats, rows)
+    shapes = [list(getattr(x, "shape", ())) for x in metrics]
+    if shapes != [list(stats.logp.shape)] * len(term.metric_names):
+        raise ValueError(
+            f"the term {term.name} must give each of its {len(term.metric_names)} "
+            f"metrics for each token, {list(stats.logp.shape)}, got {shapes}"
+        )
+    return metrics
 
 
 @contextmanager

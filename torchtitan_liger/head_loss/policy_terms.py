@@ -110,10 +110,8 @@ class PolicyGradient(Term):
         if not self._has_ratio:
             return _of_samples(stats, rows)
         log_ratio = stats.logp - rows["old_logp"]
-        return [
-            *_of_samples(stats, rows),
-            *_of_ratios(log_ratio, rows, self.clip_low, self.clip_high),
-        ]
+        bounds = self.clip_low, self.clip_high
+        return [*_of_samples(stats, rows), *_of_ratios(log_ratio, rows, *bounds)]
 
 
 @dataclass(frozen=True)
@@ -176,10 +174,8 @@ class SequencePolicyGradient(SequenceTerm):
         self, stats: Statistics, rows: Rows, sequences: Sequences
     ) -> Sequence[torch.Tensor]:
         log_ratio = self._log_ratio(stats, rows, sequences)
-        return [
-            *_of_samples(stats, rows),
-            *_of_ratios(log_ratio, rows, self.clip_low, self.clip_high),
-        ]
+        bounds = self.clip_low, self.clip_high
+        return [*_of_samples(stats, rows), *_of_ratios(log_ratio, rows, *bounds)]
 
     def _log_ratio(
         self, stats: Statistics, rows: Rows, sequences: Sequences
@@ -281,14 +277,12 @@ class Preference(SequenceTerm):
             # log(p / (1 - p)) of p = exp(score), which rounds to 1 for sure words.
             miss = -torch.expm1(score.clamp(max=-torch.finfo(score.dtype).eps))
             score = score - miss.log()
-        num, ids_C = len(score) // 2, sequences.ids_C
-        of_pairs = self.layout == "pairs"
-        pairs = Sequences(
-            ids_C // 2 if of_pairs else ids_C % num, num, sequences.valid_C
-        )
-        if of_pairs:
-            return score[0::2], score[1::2], pairs
-        return score[:num], score[num:], pairs
+        num = len(score) // 2
+        if self.layout == "pairs":
+            chosen, rejected, pair_C = score[0::2], score[1::2], sequences.ids_C // 2
+        else:
+            chosen, rejected, pair_C = score[:num], score[num:], sequences.ids_C % num
+        return chosen, rejected, Sequences(pair_C, num, sequences.valid_C)
 
 
 def _of_samples(stats: Statistics, rows: Rows) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from torchtitan_liger.head_loss.calls import per_token
+from torchtitan_liger.head_loss.calls import check_integers, per_token
 
 
 class Sequences(NamedTuple):
@@ -51,13 +51,16 @@ class Sequences(NamedTuple):
 
 def sequences_of(
     labels: torch.Tensor,
+    valid_T: torch.Tensor,
     sequence_ids: torch.Tensor | None,
     num_sequences: int | None,
     *,
-    ignore_index: int,
     check_labels: bool,
 ) -> Sequences:
     """Those that the caller numbers, or else the rows of `labels`.
+
+    Args:
+        valid_T: which labels are not ignored.
 
     Raises:
         ValueError: for numbers that are none; with `check_labels` also for a token with a
@@ -71,18 +74,17 @@ def sequences_of(
         ids_T = torch.arange(count, device=labels.device).repeat_interleave(
             length, output_size=labels.numel()
         )
-        return Sequences(ids_T, count, ids_T.bool(), tokens_each=length)
+        return Sequences(ids_T, count, valid_T, tokens_each=length)
     (ids_T,) = per_token({"sequence_ids": sequence_ids}, labels).values()
-    if ids_T.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"sequence_ids must be int64 or int32, got {ids_T.dtype}")
+    check_integers("sequence_ids", ids_T)
     if num_sequences < 1:
         raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
     if check_labels and not torch.compiler.is_compiling():
-        labeled_T = labels.reshape(-1) != ignore_index
-        bad_T = labeled_T & ((ids_T < 0) | (ids_T >= num_sequences))
+        bad_T = valid_T & ((ids_T < 0) | (ids_T >= num_sequences))
         if bad_T.any():
             raise ValueError(
                 f"sequence_ids must be in [0, {num_sequences}) where there is a label, "
                 f"got {ids_T[bad_T][0].item()}"
             )
-    return Sequences(ids_T.long(), num_sequences, ids_T.bool())
+    # An ignored token may belong to none.
+    return Sequences(torch.where(valid_T, ids_T.long(), 0), num_sequences, valid_T)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -70,7 +71,7 @@ def linear_cross_entropy(
     if torch.compiler.is_compiling():
         # A number that changes between calls is a constant of a graph only in words.
         words = {n: x.hex() if isinstance(x, float) else x for n, x in settings.items()}
-        head_loss = _heads[_prepare(impl, **words)]
+        head_loss = getattr(_heads, _prepare(impl, **words))
     else:
         head_loss = HeadLoss(options=HeadLossOptions(**settings), impl=impl)
     shard = None
@@ -88,18 +89,21 @@ def linear_cross_entropy(
     ).loss
 
 
-_heads: list[HeadLoss] = []  # of calls in graphs
+# Heads of calls in graphs, as attributes: of a list, or a dictionary, a graph knows no more
+# than what was there when its first call was traced.
+_heads = SimpleNamespace()
 
 
 @torch.compiler.assume_constant_result  # a graph finds its head ready-made
-def _prepare(impl: EngineImpl, **words: Any) -> int:
-    """The position in `_heads` of a head with these settings, floats as hexadecimals."""
+def _prepare(impl: EngineImpl, **words: Any) -> str:
+    """The name in `_heads` of a head with these settings, floats as hexadecimals."""
     settings: dict[str, Any] = {
         name: float.fromhex(x) if isinstance(x, str) else x for name, x in words.items()
     }
     wanted = HeadLoss(options=HeadLossOptions(**settings), impl=impl)
-    for position, head_loss in enumerate(_heads):
+    for name, head_loss in vars(_heads).items():
         if (head_loss.impl, head_loss.options) == (wanted.impl, wanted.options):
-            return position
-    _heads.append(wanted)
-    return len(_heads) - 1
+            return name
+    name = f"head_{len(vars(_heads))}"
+    setattr(_heads, name, wanted)
+    return name

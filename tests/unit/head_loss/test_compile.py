@@ -238,12 +238,13 @@ def test_no_grad_and_frozen_inputs():
 
 
 def test_between_other_operations_and_called_twice():
-    """The hidden states are no leaf, and both calls share the weight."""
+    """The hidden states are no leaf, both calls share the weight, and no call before had
+    these settings."""
 
     def loss_of(b: Batch) -> torch.Tensor:
         hidden = torch.tanh(b.hidden)
-        first = linear_cross_entropy(hidden, b.weight, b.labels)
-        second = linear_cross_entropy(hidden * 2, b.weight, b.labels, z_loss=0.1)
+        first = linear_cross_entropy(hidden, b.weight, b.labels, z_loss=0.0123)
+        second = linear_cross_entropy(hidden * 2, b.weight, b.labels, z_loss=0.0321)
         return first.square() + second * hidden.mean()
 
     assert errors(compiled(loss_of), loss_of, batch()) < 1e-12

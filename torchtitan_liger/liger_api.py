@@ -17,6 +17,7 @@ from packaging.version import InvalidVersion, Version
 from torchtitan_liger.head_loss.calls import (
     Call,
     kept_rows,
+    masked,
     prepare,
     scale_gradient,
     without_second_derivative,
@@ -144,9 +145,7 @@ class LigerHeadLoss:
             ignore_index=self.options.ignore_index,
             check_labels=check_labels,
         )
-        kept_N, scale, all_labeled = kept_rows(
-            call, self.options.ignore_index, check_labels, num_labeled
-        )
+        kept_N, scale, all_labeled = kept_rows(call, check_labels, num_labeled)
         call = call._replace(scale=scale)
         # Where Liger's own reduction is the loss, its gradients need no other factor. Only
         # float16 cannot hold those of a mean.
@@ -155,7 +154,9 @@ class LigerHeadLoss:
         hidden_TD = call.hidden_TD
         if kept_N is not None:
             hidden_TD = hidden_TD.index_select(0, kept_N)
-            call = call._replace(labels_T=call.labels_T[kept_N])
+            call = call._replace(
+                labels_T=call.labels_T[kept_N], valid_T=call.valid_T[kept_N]
+            )
         loss, z_loss = _LigerFunction.apply(
             hidden_TD,
             weight,
@@ -226,8 +227,8 @@ class _LigerFunction(torch.autograd.Function):
         num_valid: torch.Tensor | int = num_tokens
         if not all_labeled:
             # Nothing that an ignored row holds may reach the weight's gradient.
-            valid_T = call.labels_T != options.ignore_index
-            hidden, num_valid = hidden.masked_fill(~valid_T[:, None], 0), valid_T.sum()
+            hidden = masked(hidden, call.valid_T)
+            num_valid = call.valid_T.sum()
         scale = call.scale.float()
         if reduction == "mean":
             scale = scale * num_valid

@@ -7,6 +7,7 @@ import torch
 
 from tests.helpers import Problem, full_logits, waiting_is_an_error
 from torchtitan_liger.head_loss import HeadLoss, HeadLossOptions
+from torchtitan_liger.head_loss.products import whole_waves
 from torchtitan_liger.liger_api import LigerHeadLoss
 
 pytestmark = pytest.mark.gpu
@@ -30,6 +31,23 @@ def test_error_is_at_most_twice_that_of_full_logits(
     floor = 4 * torch.finfo(torch.float32).eps
     for name, error in ours.items():
         assert error <= max(2 * stock[name], floor), (name, ours, stock)
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.02])
+def test_product_in_pieces(ignored):
+    """So many rows that the gradient of the hidden states is computed piece by piece."""
+    T, D, V = 9000, 1024, 999
+    problem = Problem(T=T, D=D, V=V, ignored=ignored).rounded(torch.bfloat16)
+    num_rows = int((problem.labels >= 0).sum())
+    device = torch.cuda.get_device_properties("cuda")
+    assert len(whole_waves(num_rows, D, device.multi_processor_count)) > 1
+    truth = problem.run(full_logits(HeadLossOptions()), torch.float64, "cuda")
+    stock = problem.run(full_logits(HeadLossOptions()), torch.bfloat16, "cuda")
+    head = HeadLoss(options=HeadLossOptions(logits_memory_mib=1024))
+    assert head.plan(T, D, V, torch.bfloat16, "cuda").num_chunks == 1
+    ours = problem.run(lambda *a: head(*a).loss, torch.bfloat16, "cuda")
+    for name, error in ours.errors(truth).items():
+        assert error <= max(2 * stock.errors(truth)[name], 1e-6), name
 
 
 @pytest.mark.parametrize("head_loss", [HeadLoss, LigerHeadLoss])

@@ -17,7 +17,7 @@ LAYERS = (
     {"job_config", "loss_curves", "device", "cli"},
     {"loss_curves_judge", "config_checks"},
     {"loss_curves_report"},
-    {"head_loss.options", "head_loss.chunking"},
+    {"head_loss.options", "head_loss.chunking", "head_loss.products"},
     {"head_loss.statistics", "head_loss.reference", "head_loss.triton_blocks"},
     {"head_loss.triton_statistics", "head_loss.triton_gradients"},
     {"head_loss.sweeps", "head_loss.vocab_parallel"},

@@ -22,6 +22,7 @@ class Call(NamedTuple):
     hidden_TD: torch.Tensor
     weight_vD: torch.Tensor
     labels_T: torch.Tensor  # int64, each a word or the ignored index
+    valid_T: torch.Tensor  # which of them are words
     # [] 1 / normalizer, in the dtype of everything between logits and loss; NaN if a
     # label was no word
     scale: torch.Tensor
@@ -50,15 +51,16 @@ def prepare(
     dtype = products_dtype(hidden, weight)
     math_dtype = torch.promote_types(dtype, torch.float32)
     labels_T = labels.reshape(-1).long()
-    unusable_T = ((labels_T < 0) | (labels_T >= vocab_size)) & (
-        labels_T != ignore_index
-    )
+    counted_T = labels_T != ignore_index
+    valid_T = counted_T & (labels_T >= 0) & (labels_T < vocab_size)
+    is_wrong = (counted_T ^ valid_T).any()
     scale = _inverse(normalizer, math_dtype, hidden.device)
     return Call(
         hidden_TD=hidden.reshape(-1, hidden.shape[-1]),
         weight_vD=weight,
-        labels_T=labels_T.masked_fill(unusable_T, ignore_index),
-        scale=scale.masked_fill(unusable_T.any(), torch.nan),
+        labels_T=torch.where(valid_T, labels_T, ignore_index),
+        valid_T=valid_T,
+        scale=scale.masked_fill(is_wrong, torch.nan),
         products_dtype=dtype,
     )
 
@@ -93,7 +95,7 @@ def per_token(
 
 
 def kept_rows(
-    call: Call, ignore_index: int, check_labels: bool, num_labeled: int | None
+    call: Call, check_labels: bool, num_labeled: int | None
 ) -> tuple[torch.Tensor | None, torch.Tensor, bool]:
     """The positions of the tokens that take part, None for all; the call's scale; and
     whether all that take part are known to have a label.
@@ -104,7 +106,7 @@ def kept_rows(
         num_labeled: how many there are, where the caller knows. The scale is NaN if that
             is wrong.
     """
-    valid_T, scale = call.labels_T != ignore_index, call.scale
+    valid_T, scale = call.valid_T, call.scale
     num_tokens = valid_T.numel()
     compiling = torch.compiler.is_compiling()
     on_host = valid_T.device.type == "cpu" or check_labels
@@ -129,7 +131,6 @@ def check_candidates(
     call: Call,
     words_TK: torch.Tensor,
     vocab_size: int,
-    ignore_index: int,
     check_labels: bool,
 ) -> Call:
     """The call; its scale is NaN if a token with a label has a candidate beyond the
@@ -139,7 +140,7 @@ def check_candidates(
         ValueError: for such a candidate, with `check_labels`; for no integers.
     """
     check_integers("candidates", words_TK)
-    bad_TK = (words_TK >= vocab_size) & (call.labels_T != ignore_index)[:, None]
+    bad_TK = (words_TK >= vocab_size) & call.valid_T[:, None]
     if check_labels and not torch.compiler.is_compiling() and bad_TK.any():
         raise ValueError(
             f"candidates must be below {vocab_size}, the size of the vocabulary, got "

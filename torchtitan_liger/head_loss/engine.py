@@ -188,11 +188,8 @@ class HeadLoss:
             )
         rows = row_inputs_of(row_inputs, self._inputs, labels, call.scale.dtype)
         if "candidates" in self._inputs:
-            ignored = self.options.ignore_index
-            call = check_candidates(
-                call, rows["candidates"], vocab_size, ignored, check_labels
-            )
-        labels_N, valid_N = call.labels_T, call.labels_T != self.options.ignore_index
+            call = check_candidates(call, rows["candidates"], vocab_size, check_labels)
+        labels_N, valid_N = call.labels_T, call.valid_T
         sequences = None
         if self._sequence_terms:
             sequences = sequences_of(
@@ -216,9 +213,7 @@ class HeadLoss:
                 raise ValueError(f"teacher must be a Teacher, got {type(teacher)}")
             teacher = teacher.flat(labels.shape, num_columns)
 
-        kept_N, scale, all_labeled = kept_rows(
-            call, self.options.ignore_index, check_labels, num_labeled
-        )
+        kept_N, scale, all_labeled = kept_rows(call, check_labels, num_labeled)
         if self.impl == "reference":
             if shard is not None:
                 raise ValueError(
@@ -325,12 +320,11 @@ class HeadLoss:
         if reduction == "none":
             losses_T = torch.stack([weights[n] * x for n, x in by_token.items()]).sum(0)
             return HeadLossOutput((losses_T * call.scale).view(shape), {}, {})
-        valid_T = call.labels_T != self.options.ignore_index
         values = {}
         for name, losses_T in by_token.items():
             if token_weights_T is not None:
                 weights_T = token_weights_T.to(losses_T.dtype)
-                losses_T = torch.where(valid_T, losses_T * weights_T, 0.0)
+                losses_T = torch.where(call.valid_T, losses_T * weights_T, 0.0)
             values[name] = losses_T.sum() * call.scale
         loss = torch.stack([weights[n] * value for n, value in values.items()]).sum()
         return HeadLossOutput(loss, {n: x.detach() for n, x in values.items()}, {})

@@ -15,7 +15,8 @@ import torch
 from torchtitan_liger.head_loss.chunked import run
 from torchtitan_liger.head_loss.evaluate import Metrics
 from torchtitan_liger.head_loss.options import HeadLossOptions
-from torchtitan_liger.head_loss.passes import HeadCall, weight_sum_dtype
+from torchtitan_liger.head_loss.passes import HeadCall
+from torchtitan_liger.head_loss.products import weight_sum_dtype
 from torchtitan_liger.head_loss.terms import Term
 
 

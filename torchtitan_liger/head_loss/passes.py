@@ -23,9 +23,16 @@ from typing import NamedTuple
 import torch
 
 import torchtitan_liger.head_loss.sweeps as torch_sweeps
+from torchtitan_liger.head_loss.calls import masked
 from torchtitan_liger.head_loss.distillation import Teacher
 from torchtitan_liger.head_loss.evaluate import Metrics
 from torchtitan_liger.head_loss.options import HeadLossOptions
+from torchtitan_liger.head_loss.products import (
+    WeightGradient,
+    hidden_gradient,
+    matrix,
+    weight_sum_dtype,
+)
 from torchtitan_liger.head_loss.sequences import Sequences
 from torchtitan_liger.head_loss.statistics import (
     OF_TEACHER,
@@ -137,7 +144,9 @@ class Passes:
             return torch.where(here, words - first, -1)
 
         self.valid_N = call.labels_N != options.ignore_index
-        self._column_N = local(call.labels_N).masked_fill(~self.valid_N, -1)
+        self._column_N = torch.where(self.valid_N, call.labels_N, -1)
+        if shard is not None:
+            self._column_N = local(self._column_N)
         self._needs = needs = needs_of(call.terms)
         self._candidates_NK: torch.Tensor | None = None
         if "logp_k" in needs:
@@ -152,18 +161,18 @@ class Passes:
         num_chunks = len(call.chunks())
         num_buffers = 2 if shard is not None and num_chunks > 1 else 1
         size = min(call.tokens_per_chunk, len(call.labels_N)), num_columns
-        self._buffers = [_rows(size, self._hidden_TD) for _ in range(num_buffers)]
+        self._buffers = [matrix(size, self._hidden_TD) for _ in range(num_buffers)]
         self._teacher_buffers = []
         if call.teacher is not None and call.teacher.weight is not None:
             like = call.teacher.weight
-            self._teacher_buffers = [_rows(size, like) for _ in range(num_buffers)]
+            self._teacher_buffers = [matrix(size, like) for _ in range(num_buffers)]
         self._turn = 0
 
         self._d_hidden_TD: torch.Tensor | None = None
         if need_d_hidden:
             make = torch.empty_like if call.kept_N is None else torch.zeros_like
             self._d_hidden_TD = make(self._hidden_TD)
-        self._d_weight: _WeightGradient | None = None
+        self._d_weight: WeightGradient | None = None
         if need_d_weight:
             sum_dtype = weight_sum_dtype(
                 call.products_dtype,
@@ -171,11 +180,11 @@ class Passes:
                 options.acc_dtype,
                 single_chunk=num_chunks == 1,
             )
-            self._d_weight = _WeightGradient(self._weight_vD, sum_dtype)
+            self._d_weight = WeightGradient(self._weight_vD, sum_dtype)
 
     def logits(self, rows: slice) -> Chunk:
         """Product 1."""
-        kept_N, valid_C = self.call.kept_N, self.valid_N[rows]
+        kept_N = self.call.kept_N
         if kept_N is not None:
             hidden_CD = self._hidden_TD.index_select(0, kept_N[rows])
         elif self.call.all_labeled:
@@ -183,7 +192,7 @@ class Passes:
         else:
             # A row without a label must not reach the gradients, whatever it holds:
             # 0 * NaN would.
-            hidden_CD = self._hidden_TD[rows].masked_fill(~valid_C[:, None], 0)
+            hidden_CD = masked(self._hidden_TD[rows], self.valid_N[rows])
         buffer_Cv = self._buffers[self._turn][: len(hidden_CD)]
         logits_Cv = torch.mm(hidden_CD, self._weight_vD.t(), out=buffer_Cv)
         teacher = self._teacher_logits(rows) if self._has_teacher else None
@@ -200,7 +209,7 @@ class Passes:
         elif self.call.all_labeled:
             part = given[rows]
         else:
-            part = given[rows].masked_fill(~self.valid_N[rows, None], 0)
+            part = masked(given[rows], self.valid_N[rows])
         if teacher.weight is not None:
             buffer_Cv = self._teacher_buffers[self._turn][: len(part)]
             part = torch.mm(part, teacher.weight.t(), out=buffer_Cv)
@@ -297,11 +306,15 @@ class Passes:
         """Products 2 and 3, of what the logits have become."""
         rows, d_logits_Cv = chunk.rows, chunk.logits_Cv
         if self._d_hidden_TD is not None:
-            if self.call.kept_N is None:
-                torch.mm(d_logits_Cv, self._weight_vD, out=self._d_hidden_TD[rows])
-            else:
-                d_hidden_CD = torch.mm(d_logits_Cv, self._weight_vD)
-                self._d_hidden_TD.index_copy_(0, self.call.kept_N[rows], d_hidden_CD)
+            kept_N = self.call.kept_N
+            d_hidden_CD = (
+                self._d_hidden_TD[rows]
+                if kept_N is None
+                else torch.empty_like(chunk.hidden_CD)
+            )
+            hidden_gradient(d_logits_Cv, self._weight_vD, d_hidden_CD)
+            if kept_N is not None:
+                self._d_hidden_TD.index_copy_(0, kept_N[rows], d_hidden_CD)
         if self._d_weight is not None:
             self._d_weight.add(d_logits_Cv, chunk.hidden_CD)
 
@@ -309,64 +322,6 @@ class Passes:
         """The gradients of hidden states and weight, in the dtypes of their sums."""
         d_weight = self._d_weight
         return self._d_hidden_TD, None if d_weight is None else d_weight.total()
-
-
-def _rows(size: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
-    """Memory for a matrix whose rows begin where a GPU's matrix products like it."""
-    num_rows, num_columns = size
-    if like.is_cuda:
-        return like.new_empty(num_rows, -(-num_columns // 64) * 64)[:, :num_columns]
-    return like.new_empty(size)
-
-
-def weight_sum_dtype(
-    products_dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    acc_dtype: torch.dtype,
-    *,
-    single_chunk: bool,
-) -> torch.dtype:
-    """The dtype in which the weight's gradient is summed; never below the products'."""
-    if single_chunk and weight_dtype == products_dtype:
-        return products_dtype  # no sum to lose precision in
-    return torch.promote_types(acc_dtype, products_dtype)
-
-
-class _WeightGradient:
-    """The sum over chunks of `d_logits.T @ hidden`."""
-
-    def __init__(self, weight_vD: torch.Tensor, sum_dtype: torch.dtype) -> None:
-        self._sum_vD = torch.empty_like(
-            weight_vD, dtype=sum_dtype, memory_format=torch.contiguous_format
-        )
-        self._empty = True  # there is at least one chunk
-
-    def add(self, d_logits_Cv: torch.Tensor, hidden_CD: torch.Tensor) -> None:
-        total = self._sum_vD
-        beta = 0.0 if self._empty else 1.0  # the first chunk overwrites
-        self._empty = False
-        if d_logits_Cv.dtype == total.dtype:
-            torch.addmm(total, d_logits_Cv.t(), hidden_CD, beta=beta, out=total)
-        elif d_logits_Cv.is_cuda:
-            torch.addmm(
-                total,
-                d_logits_Cv.t(),
-                hidden_CD,
-                out_dtype=total.dtype,
-                beta=beta,
-                out=total,
-            )
-        else:  # no mixed-precision product on CPUs
-            torch.addmm(
-                total,
-                d_logits_Cv.t().to(total.dtype),
-                hidden_CD.to(total.dtype),
-                beta=beta,
-                out=total,
-            )
-
-    def total(self) -> torch.Tensor:
-        return self._sum_vD
 
 
 @lru_cache

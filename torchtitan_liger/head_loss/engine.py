@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import lcm
 from typing import Any, Literal, NamedTuple
 
@@ -352,19 +353,20 @@ class HeadLoss:
         num_bytes = dtype.itemsize
         if device_type == "cpu" and wide != dtype:
             num_bytes += wide.itemsize
-        if sharded:  # a chunk's sums travel beside the next product
-            num_bytes *= 2
-        budget = budget_bytes(
-            self.options.logits_memory_mib, device_type, num_columns * num_bytes
-        )
+        num_buffers = 1 + sharded  # a chunk's sums travel beside the next product
+        row_bytes = num_columns * num_bytes * num_buffers
+        budget = budget_bytes(self.options.logits_memory_mib, device_type, row_bytes)
         if self._needs_teacher:
-            num_bytes += dtype.itemsize
             if not self.options.logits_memory_mib:  # chunks of the same size
-                budget += budget * dtype.itemsize // (num_bytes - dtype.itemsize)
-        return plan_chunks(
+                budget += budget * dtype.itemsize // num_bytes
+            num_bytes += dtype.itemsize
+        plan = plan_chunks(
             num_tokens,
             num_columns,
             itemsize=dtype.itemsize,
-            bytes_per_logit=num_bytes,
+            bytes_per_logit=num_bytes * num_buffers,
             budget=budget,
         )
+        if sharded and plan.num_chunks == 1:  # there is no next product
+            plan = replace(plan, logits_bytes=plan.logits_bytes // 2)
+        return plan

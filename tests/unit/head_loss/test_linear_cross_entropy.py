@@ -10,15 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import Problem, full_logits
+from tests.helpers import Problem, full_logits, run_on_shards
 from torchtitan_liger.device import peak_resident_bytes, reset_peak_resident_bytes
 from torchtitan_liger.head_loss import (
     CrossEntropy,
+    Distillation,
     HeadLoss,
     HeadLossOptions,
     PolicyGradient,
     engine,
     linear_cross_entropy,
+    passes,
 )
 
 SETTINGS = [
@@ -178,6 +180,38 @@ def test_peak_memory_is_within_the_plan(softcap, dtype):
     head(hidden, weight, labels).loss.backward()
     gradients = 2 * 4 * (V * D + T * D)
     assert peak_resident_bytes() - before < plan.logits_bytes + gradients + 16 * 2**20
+
+
+@pytest.mark.parametrize("tokens_per_chunk", [100, 257])
+def test_a_sharded_heads_buffers_are_the_plans(monkeypatch, tokens_per_chunk):
+    """Two of each with several chunks, as a chunk's sums travel beside the next product."""
+    problem = Problem(V=512)
+    sizes = []
+
+    def matrix(size, like):
+        sizes.append(size[0] * size[1] * like.itemsize)
+        return like.new_empty(size)
+
+    monkeypatch.setattr(passes, "matrix", matrix)
+    row_bytes = 2 * 256 * 8
+    monkeypatch.setattr(engine, "budget_bytes", lambda *_: tokens_per_chunk * row_bytes)
+    head = HeadLoss()
+    run_on_shards(monkeypatch, head, problem, [256, 256], num_labeled=None)
+    num_tokens = int((problem.labels != problem.ignore_index).sum())
+    plan = head.plan(num_tokens, problem.D, 256, torch.float64, "cpu", sharded=True)
+    assert (plan.num_chunks > 1) == (tokens_per_chunk < num_tokens)
+    assert sum(sizes) / 2 == plan.logits_bytes
+
+
+def test_the_plan_counts_the_teachers_logits():
+    """As often as the student's, and the chunks are as large as without a teacher."""
+    for sharded in (False, True):
+        plain, taught = (
+            head.plan(2**20, 64, 32768, torch.bfloat16, "cuda", sharded=sharded)
+            for head in (HeadLoss(), HeadLoss([CrossEntropy(), Distillation()]))
+        )
+        assert taught.tokens_per_chunk == plain.tokens_per_chunk
+        assert taught.logits_bytes == 2 * plain.logits_bytes
 
 
 def test_z_loss_off_adds_nothing():

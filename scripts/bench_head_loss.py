@@ -139,13 +139,21 @@ def parse_args() -> argparse.Namespace:
             import matplotlib  # noqa: F401
         except ModuleNotFoundError:
             parser.error("--grow draws a picture: pip install matplotlib")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    has_gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not has_gpu:
+        parser.error("--device cuda: torch sees no GPU; use --device cpu")
+    args.device = args.device or ("cuda" if has_gpu else "cpu")
     args.dtype = DTYPES.get(args.dtype)
     args.acc_dtypes = [DTYPES[name] for name in args.acc_dtypes]
     for name, value in zip(SIZES, DEFAULTS[args.device], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.sizes = args.sizes or GROWTH.get(args.grow)
+    for name in ("tokens", "dim", "vocab", "repeats", "sizes"):
+        value = getattr(args, name)
+        numbers = value if isinstance(value, list) else [value]
+        if value is not None and min(numbers) < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
     skipped = NOT_GROWN if args.grow else ()
     args.impl = args.impl or [name for name in FAMILIES if name not in skipped]
     return args

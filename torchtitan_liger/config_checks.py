@@ -90,8 +90,7 @@ def check_weights(argv: Sequence[str], toml: Mapping[str, Any], path: str) -> No
 def without_weight(setting: str, name: str) -> ValueError:
     """What is wrong with a setting of `[head_loss]`'s table `name` that has no weight."""
     return ValueError(
-        f"{setting} does nothing without head_loss.{name}.weight: set it too, such as "
-        f"--head_loss.{name}.weight 1"
+        f"{setting} does nothing without head_loss.{name}.weight: set it too"
     )
 
 

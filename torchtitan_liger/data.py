@@ -232,9 +232,7 @@ def _parse(line: bytes, text_field: str, place: str) -> str:
         )
     text = record[text_field]
     if not isinstance(text, str):
-        raise ValueError(
-            f"{place}: field {text_field!r} is a {type(text).__name__}, not a string"
-        )
+        raise ValueError(f"{place}: field {text_field!r} is {text!r:.50}, not a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:

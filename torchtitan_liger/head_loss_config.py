@@ -60,6 +60,12 @@ def terms_and_options(
     terms = tuple(
         term for name in TERMS if (term := _term(name, getattr(config, name)))
     )
+    if not any(term.weight for term in terms):
+        names = ", ".join(f"head_loss.{name}" for name in TERMS)
+        raise ValueError(
+            "there is nothing to learn from: no loss has a weight other than 0; give one "
+            f"of {names} a weight, such as --head_loss.cross_entropy.weight 1"
+        )
     plain = replace(
         options,
         label_smoothing=config.cross_entropy.label_smoothing,

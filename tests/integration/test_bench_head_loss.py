@@ -123,6 +123,23 @@ def test_rows_can_be_chosen_by_their_names(bench, capsys):
     assert "'(' is no regular expression: missing )" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens=0"], "--tokens must be at least 1, got 0"),
+        (["--grow=tokens", "--sizes", "0", "5"], "--sizes must be at least 1"),
+        (["--device=cuda"], "--device cuda: torch sees no GPU; use --device cpu"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    bench, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench(*arguments)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_vocabulary_over_two_processes_is_measured_beside_one(
     bench, mixtures, tmp_path

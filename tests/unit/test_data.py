@@ -202,8 +202,8 @@ def test_no_progress_bar_goes_into_a_log(
         (b"[" * 100_000, "not JSON .*recursion"),
         (b'["a"]', "a list where an object is wanted"),
         (b'{"title": "a", "body": "b"}', r"no field 'text', only \['body', 'title'\]"),
-        (b'{"text": null}', "field 'text' is a NoneType, not a string"),
-        (b'{"text": 3}', "field 'text' is a int, not a string"),
+        (b'{"text": null}', "field 'text' is None, not a string"),
+        (b'{"text": 3}', "field 'text' is 3, not a string"),
         (b'{"text": "a\\ud800"}', "field 'text' is not valid Unicode .* character 1"),
     ],
 )

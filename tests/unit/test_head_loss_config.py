@@ -122,9 +122,13 @@ def test_the_default_is_plain_cross_entropy():
 
 def test_weight_zero_is_a_term_and_no_weight_is_none():
     assert plan_of("--head_loss.z_loss.weight=0").terms == (CrossEntropy(), ZLoss(0.0))
-    assert plan_of("--head_loss.cross_entropy.weight=0").terms == (
-        CrossEntropy(weight=0.0),
-    )
+    plan = plan_of("--head_loss.cross_entropy.weight=0", "--head_loss.focal.weight=1")
+    assert plan.terms == (CrossEntropy(weight=0.0), Focal())
+
+
+def test_a_job_without_a_loss_is_refused():
+    with pytest.raises(ValueError, match="nothing to learn from.*cross_entropy"):
+        plan_of("--head_loss.cross_entropy.weight=0", "--head_loss.z_loss.weight=0")
 
 
 def test_a_setting_of_a_term_that_is_not_there_is_refused():

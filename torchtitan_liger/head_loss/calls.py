@@ -192,6 +192,7 @@ def check_label_range(labels: torch.Tensor, vocab_size: int, ignore_index: int) 
         ValueError: for a label that is neither in [0, vocab_size) nor `ignore_index`;
             the message holds the first one's value and position.
     """
+    labels = labels.long()  # where any `ignore_index` is a number
     bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
     if not bad.any():
         return
@@ -274,7 +275,7 @@ def _inverse(
         return torch.where(
             value == 0, 1.0, torch.where(usable, value, torch.nan)
         ).reciprocal()
-    if not (math.isfinite(normalizer) and normalizer >= 0):
+    if not 0 <= normalizer < math.inf:
         raise ValueError(
             f"normalizer must be a finite number, at least 0, got {normalizer}"
         )

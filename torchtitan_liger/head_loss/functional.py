@@ -70,8 +70,11 @@ def linear_cross_entropy(
     }
     if torch.compiler.is_compiling():
         # A number that changes between calls is a constant of a graph only in words.
-        words = {n: x.hex() if isinstance(x, float) else x for n, x in settings.items()}
-        head_loss = getattr(_heads, _prepare(impl, **words))
+        words = {name: _word(x) for name, x in settings.items()}
+        name, error = _prepare(impl, **words)
+        if error:
+            raise ValueError(error)
+        head_loss = getattr(_heads, name)
     else:
         head_loss = HeadLoss(options=HeadLossOptions(**settings), impl=impl)
     shard = None
@@ -82,7 +85,7 @@ def linear_cross_entropy(
         hidden,
         weight,
         labels,
-        normalizer=(labels != ignore_index).sum() if reduction == "mean" else 1,
+        normalizer=(labels.long() != ignore_index).sum() if reduction == "mean" else 1,
         token_weights=token_weights,
         reduction="none" if reduction == "none" else "sum",
         shard=shard,
@@ -94,16 +97,32 @@ def linear_cross_entropy(
 _heads = SimpleNamespace()
 
 
+def _word(x: Any) -> Any:
+    if isinstance(x, float):
+        return x.hex()
+    if isinstance(x, int):  # by halves that a float holds: a graph knows no other word
+        return f"{float(x // 2**32).hex()} {float(x % 2**32).hex()}"
+    return x
+
+
+def _number(word: Any) -> Any:
+    if not isinstance(word, str):
+        return word
+    high, *low = map(float.fromhex, word.split())
+    return int(high) * 2**32 + int(low[0]) if low else high
+
+
 @torch.compiler.assume_constant_result  # a graph finds its head ready-made
-def _prepare(impl: EngineImpl, **words: Any) -> str:
-    """The name in `_heads` of a head with these settings, floats as hexadecimals."""
-    settings: dict[str, Any] = {
-        name: float.fromhex(x) if isinstance(x, str) else x for name, x in words.items()
-    }
-    wanted = HeadLoss(options=HeadLossOptions(**settings), impl=impl)
+def _prepare(impl: EngineImpl, **words: Any) -> tuple[str, str]:
+    """The name in `_heads` of a head with these settings; or what is wrong with them."""
+    try:
+        settings = {name: _number(word) for name, word in words.items()}
+        wanted = HeadLoss(options=HeadLossOptions(**settings), impl=impl)
+    except ValueError as error:  # which a graph would take for one of its own
+        return "", str(error)
     for name, head_loss in vars(_heads).items():
         if (head_loss.impl, head_loss.options) == (wanted.impl, wanted.options):
-            return name
+            return name, ""
     name = f"head_{len(vars(_heads))}"
     setattr(_heads, name, wanted)
-    return name
+    return name, ""

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from torchtitan_liger.head_loss.calls import without_second_derivative
 from torchtitan_liger.head_loss.chunked import run
 from torchtitan_liger.head_loss.evaluate import Metrics
 from torchtitan_liger.head_loss.options import HeadLossOptions
@@ -214,6 +215,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
+    rows = [None] * ctx.num_rows
+    return *_gradients(ctx, grad_loss), None, None, None, rows, *[None] * 7
+
+
+@without_second_derivative
+def _gradients(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Of the hidden states, the weight and the token weights."""
     by_row_N, d_hidden_TD, d_weight_vD = ctx.saved_tensors
     need_d_hidden, need_d_weight, need_d_weights, *_ = ctx.needs_input_grad
     factor = grad_loss.reshape(1)
@@ -222,8 +230,7 @@ def _backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[Any,
     d_weights = None
     if need_d_weights:
         d_weights = (by_row_N * grad_loss).to(ctx.weights_dtype)
-    rows = [None] * ctx.num_rows
-    return d_hidden, d_weight, d_weights, None, None, None, rows, *[None] * 7
+    return d_hidden, d_weight, d_weights
 
 
 _head_loss.register_autograd(_backward, setup_context=_setup_context)

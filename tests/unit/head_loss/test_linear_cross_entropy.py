@@ -214,6 +214,19 @@ def test_the_plan_counts_the_teachers_logits():
         assert taught.logits_bytes == 2 * plain.logits_bytes
 
 
+def test_narrow_labels_with_a_far_ignored_index():
+    """In 32 bits, it would be word 0."""
+    problem = Problem(ignored=0.0)
+    problem.labels[::2] = 0
+    inputs = problem.hidden, problem.weight
+    for ignore_index in (2**40, torch.iinfo(torch.int64).min):
+        wide, narrow = (
+            linear_cross_entropy(*inputs, labels, ignore_index=ignore_index)
+            for labels in (problem.labels, problem.labels.int())
+        )
+        assert torch.equal(narrow, wide)
+
+
 def test_z_loss_off_adds_nothing():
     problem = Problem()
     plain = linear_cross_entropy(problem.hidden, problem.weight, problem.labels)

@@ -59,7 +59,7 @@ class Teacher:
             if got != expected:
                 raise ValueError(f"the teacher's logits must be {expected}, got {got}")
             logits = self.logits.detach().reshape(leading.numel(), num_columns)
-            return self._replace(logits=logits)
+            return self._with(logits=logits)
         assert self.hidden is not None
         assert self.weight is not None
         dim = self.weight.shape[-1]
@@ -78,11 +78,12 @@ class Teacher:
                 f"{self.weight.dtype}: cast one of them"
             )
         hidden = self.hidden.detach().reshape(leading.numel(), dim)
-        return self._replace(hidden=hidden, weight=self.weight.detach())
+        return self._with(hidden=hidden, weight=self.weight.detach())
 
-    def _replace(self, **changes: torch.Tensor) -> Teacher:
-        fields = {**self.__dict__, **changes}
-        return Teacher(**fields)
+    def _with(self, **tensors: torch.Tensor) -> Teacher:
+        return Teacher(
+            temperature=self.temperature, logit_softcap=self.logit_softcap, **tensors
+        )
 
 
 @dataclass(frozen=True)

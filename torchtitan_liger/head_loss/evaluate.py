@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from torchtitan_liger.head_loss.calls import masked
 from torchtitan_liger.head_loss.sequences import Sequences
 from torchtitan_liger.head_loss.statistics import (
     WITHOUT_GRADIENT,
@@ -185,7 +186,7 @@ def _by_autograd(
     grads = torch.autograd.grad(loss, [leaves[n] for n in wanted], allow_unused=True)
     # Where a masked row holds an infinite number, autograd gives 0 * inf.
     return {
-        name: torch.where(valid_C if grad.ndim == 1 else valid_C[:, None], grad, 0.0)
+        name: masked(grad, valid_C)
         for name, grad in zip(wanted, grads, strict=True)
         if grad is not None
     }

@@ -2,15 +2,13 @@
 
 torchtitan's plans expect logits from the head. So the head is taken away while
 torchtitan's own function runs, as on a pipeline stage without a head, and then gets its
-own layout: vocabulary sharded under tensor parallelism, an FSDP group of its own. The norm
-before it, whose group has the head in torchtitan, goes to that of the last block.
+own layout: vocabulary sharded under tensor parallelism, an FSDP group of its own.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
 
 from torch import nn
@@ -23,7 +21,6 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3.infra.parallelize import disable_fsdp_gradient_division
@@ -83,6 +80,16 @@ def early_gather(model: nn.Module) -> Callable[[], None]:
     )
 
 
+def gather_last_norm(model: nn.Module) -> None:
+    """Call before a batch is fetched, while the optimizer's kernels still run.
+
+    Without a head, torchtitan leaves the last norm to the FSDP group of the whole model,
+    and nothing hides that group's gather at the start of a forward pass.
+    """
+    if isinstance(model, FSDPModule):
+        model.unshard()
+
+
 def _parallelize_around_head(
     parallelize_decoder: Callable[..., nn.Module],
     model: nn.Module,
@@ -93,17 +100,11 @@ def _parallelize_around_head(
     # An embedding that shares the head's weight must share its FSDP group as well.
     embeddings = model.get_submodule("tok_embeddings")
     tied = head.weight is embeddings.weight
-    policy = job_config.parallelism.fsdp_reshard_after_forward
     model.register_module("output", None)
     if tied:
         model.register_module("tok_embeddings", None)
-    # Where the last block stays gathered until the norm has run.
-    with_block = parallel_dims.fsdp_enabled and policy != "always"
-    norm_in_block = _norm_in_last_block(model, parallel_dims)
-    with warnings.catch_warnings(), norm_in_block if with_block else nullcontext():
-        warnings.filterwarnings(
-            "ignore", message="Parallelize plan key .*(output|norm)"
-        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Parallelize plan key .*output")
         model = parallelize_decoder(model, parallel_dims, job_config)
     if parallel_dims.tp_enabled:
         _shard_vocabulary(head, parallel_dims.get_mesh("tp"))
@@ -114,32 +115,13 @@ def _parallelize_around_head(
         # The head's backward pass is too short to gather the last block meanwhile: its
         # gradients are there already. torchtitan's own has two products.
         *_, last_block = model.get_submodule("layers").children()
+        policy = job_config.parallelism.fsdp_reshard_after_forward
         if isinstance(last_block, FSDPModule) and policy == "default":
             last_block.set_reshard_after_forward(False, recurse=False)
     model.register_module("output", head)
     if tied:
         model.register_module("tok_embeddings", embeddings)
     return model
-
-
-@contextmanager
-def _norm_in_last_block(
-    model: nn.Module, parallel_dims: ParallelDims
-) -> Iterator[None]:
-    """The last norm belongs to the last block, and so to its FSDP group.
-
-    Without a head torchtitan leaves it to the group of the whole model, which is gathered
-    at the start of a step, when nothing else keeps the GPU busy.
-    """
-    norm = model.get_submodule("norm")
-    *_, last_block = model.get_submodule("layers").children()
-    if parallel_dims.tp_enabled:
-        parallelize_module(norm, parallel_dims.get_mesh("tp"), SequenceParallel())
-    model.register_module("norm", None)
-    last_block.register_module("norm_after", norm)
-    yield
-    del last_block.norm_after
-    model.register_module("norm", norm)
 
 
 def _shard_vocabulary(head: LMHead, tp_mesh: DeviceMesh) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtitan.components.loss import IGNORE_INDEX
@@ -318,7 +319,7 @@ def _slice_of_this_rank(num_labels: list[torch.Tensor], dims: ParallelDims) -> s
 
 @contextlib.contextmanager
 def _no_trace(model: nn.Module) -> Iterator[None]:
-    """Restore buffers and random number generators, and remove the gradients."""
+    """Restore buffers and random number generators, remove gradients, shard parameters."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     cpu_state = torch.get_rng_state()
     on_cpu = device_module is torch.cpu or not hasattr(device_module, "get_rng_state")
@@ -334,6 +335,11 @@ def _no_trace(model: nn.Module) -> Iterator[None]:
         if state is not None:
             device_module.set_rng_state(state)
         model.train(training)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # A checkpoint is loaded into what the optimizer has. Where a tied head's
+                # backward pass ends at the hidden states, FSDP shards no block again.
+                module.reshard()
         for parameter in model.parameters():
             parameter.grad = None
 

@@ -28,9 +28,12 @@ def preflight_passes() -> dict[str, Any]:
         trainer = matrix.build_trainer(case, fused=True)
         (model,) = trainer.model_parts
         buffers = {n: b.clone() for n, b in model.named_buffers()}
+        parameters = dict(model.named_parameters())
         state = torch.get_rng_state()
         lines[name] = str(run_preflight(trainer))
         assert torch.equal(torch.get_rng_state(), state)
+        # The optimizer's own: none that FSDP has gathered.
+        assert all(p is parameters[n] for n, p in model.named_parameters())
         assert all(p.grad is None for p in model.parameters())
         assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
         assert trainer.lm_head.num_fused_calls == 0

@@ -141,11 +141,10 @@ def test_fsdp_gathers_and_reduces_once_per_group_whatever_the_chunks(launch):
     counts = launch("tests.distributed.checks", 2)[0]["communication"]["FSDP2"]
     assert counts["1"] == counts["4"]
     micro_batches = 2
-    # Embedding, two blocks, the second with the last norm, and head: each reduced once.
-    # Embedding and first block are gathered again for backward; the weights of the others
-    # are still there.
-    assert counts["1"]["_reduce_scatter_base_"] == 4 * micro_batches
-    assert counts["1"]["_allgather_base_"] == (2 * 2 + 2) * micro_batches
+    # Embedding, two blocks, head, and the rest: each reduced once. Embedding and first
+    # block are gathered again for backward; the weights of the others are still there.
+    assert counts["1"]["_reduce_scatter_base_"] == 5 * micro_batches
+    assert counts["1"]["_allgather_base_"] == (2 * 2 + 3) * micro_batches
 
 
 @pytest.mark.slow
@@ -158,7 +157,7 @@ def test_tensor_parallelism_has_one_collective_per_chunk(launch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["FSDP2", "FSDP2, bf16", "TP", "DDP"])
+@pytest.mark.parametrize("layout", ["FSDP2", "FSDP2, bf16", "FSDP2, tied", "TP", "DDP"])
 def test_preflight_passes_and_leaves_no_trace(layout, launch):
     line = launch("tests.distributed.checks", 2)[0]["preflight_passes"][layout]
     assert line.startswith("Preflight passed: chunked head in")

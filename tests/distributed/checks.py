@@ -11,7 +11,7 @@ import argparse
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tests.distributed import matrix, preflight_checks, vocabulary_checks
@@ -180,6 +180,32 @@ def head_that_fsdp_did_not_gather() -> str:
     return "no error"
 
 
+def two_batches_and_one_backward_pass() -> float:
+    """Largest error of a gradient against a backward pass after each batch."""
+    trainer = matrix.build_trainer(LAYOUTS["FSDP2"], fused=True)
+    (model,) = trainer.model_parts
+    g = torch.Generator().manual_seed(dist.get_rank())
+    batches = torch.randint(matrix.VOCABULARY, (2, 2, 1, 16), generator=g).to(DEVICE)
+
+    def losses() -> Iterator[torch.Tensor]:
+        for inputs, labels in batches:
+            hidden = model(inputs, return_hidden_states=True)
+            yield model.output(hidden, labels, normalizer=32).loss
+
+    def gradients() -> dict[str, torch.Tensor]:
+        found = matrix.gradients(model, LAYOUTS["FSDP2"])
+        model.zero_grad()
+        return found
+
+    for loss in losses():
+        loss.backward()
+    expected = gradients()
+    sum(losses()).backward()  # type: ignore[union-attr]
+    found = gradients()
+    trainer.close()
+    return max(relative_error(found[name], expected[name]) for name in expected)
+
+
 CHECKS: tuple[Callable[[], Any], ...] = (
     vocabulary_checks.sharded_vocabulary,
     vocabulary_checks.sharded_terms,
@@ -192,6 +218,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     vocabulary_checks.uneven_shards_in_many_chunks,
     head_that_fsdp_did_not_gather,
     communication,
+    two_batches_and_one_backward_pass,
     preflight_checks.preflight_passes,
     preflight_checks.preflight_catches,
 )

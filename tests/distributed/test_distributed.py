@@ -148,6 +148,14 @@ def test_fsdp_gathers_and_reduces_once_per_group_whatever_the_chunks(launch):
 
 
 @pytest.mark.slow
+def test_fsdp_keeps_two_batches_apart_until_their_backward_pass(launch):
+    error = launch("tests.distributed.checks", 2)[0][
+        "two_batches_and_one_backward_pass"
+    ]
+    assert error < 1e-6
+
+
+@pytest.mark.slow
 def test_tensor_parallelism_has_one_collective_per_chunk(launch):
     counts = launch("tests.distributed.checks", 2)[0]["communication"]["TP"]
     one, four = counts["1"], counts["4"]

@@ -80,16 +80,6 @@ def early_gather(model: nn.Module) -> Callable[[], None]:
     )
 
 
-def gather_last_norm(model: nn.Module) -> None:
-    """Call before a batch is fetched, while the optimizer's kernels still run.
-
-    Without a head, torchtitan leaves the last norm to the FSDP group of the whole model,
-    and nothing hides that group's gather at the start of a forward pass.
-    """
-    if isinstance(model, FSDPModule):
-        model.unshard()
-
-
 def _parallelize_around_head(
     parallelize_decoder: Callable[..., nn.Module],
     model: nn.Module,

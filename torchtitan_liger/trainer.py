@@ -19,7 +19,7 @@ from torchtitan_liger.head_loss.calls import check_label_range
 from torchtitan_liger.head_loss_plan import NUM_LABELED, TOKEN_WEIGHTS
 from torchtitan_liger.head_loss_report import HeadLossReport
 from torchtitan_liger.lm_head import LMHead
-from torchtitan_liger.parallelize import early_gather, gather_last_norm
+from torchtitan_liger.parallelize import early_gather
 from torchtitan_liger.preflight import check_head
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -122,9 +122,6 @@ class LigerTrainer(Trainer):
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """As torchtitan's; logs what the loss consists of where torchtitan logs it."""
         self.head_loss_report.clear()
-        # Not before the first forward pass, in which FSDP finds out what belongs together.
-        if self.head_loss_plan.enabled and self.lm_head.num_fused_calls:
-            gather_last_norm(self.model_parts[0])
         super().train_step(data_iterator)
         if self.head_loss_plan.enabled and self.metrics_processor.should_log(self.step):
             self._log_head_loss()

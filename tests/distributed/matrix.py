@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-from tests.distributed.layouts import CASES, CP, TP, Case
+from tests.distributed.layouts import BLOCKS_NEED_A_GPU, CASES, CP, TP, Case
 from torchtitan_liger import device
 
 DEVICE = device.prepare()
@@ -72,9 +72,6 @@ TINY: dict[str, dict[str, Any]] = {
         "tiny_tied": dataclasses.replace(QWEN3, enable_weight_tying=True),
     },
 }
-BLOCKS_NEED_A_GPU = ("llama4", "deepseek_v3", "gpt_oss")
-"""Their experts and their attention do in torchtitan 0.2.2. Elsewhere a block passes on what
-it gets, and what is around the blocks is trained."""
 
 
 class Collectives(TorchDispatchMode):

@@ -13,11 +13,10 @@ from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import TrainSpec
 
 from tests.conftest import HAS_GPU
+from tests.distributed.layouts import BLOCKS_NEED_A_GPU
 from torchtitan_liger.lm_head import LMHead
 from torchtitan_liger.models import DECODERS, train_spec, with_hidden_states
 
-# Mixtures of experts and flex attention need a GPU in torchtitan 0.2.2.
-RUNS_ON_CPU = ("llama3", "qwen3")
 DEVICE = "cuda" if HAS_GPU else "cpu"
 LENGTH = 128 if HAS_GPU else 32  # a block of flex attention
 
@@ -39,7 +38,7 @@ def build(name: str, *, ours: bool) -> nn.Module:
         model = spec.model_cls(args)
         with torch.no_grad():
             model.init_weights(buffer_device=torch.device(DEVICE))
-    if not HAS_GPU and name not in RUNS_ON_CPU:
+    if not HAS_GPU and name in BLOCKS_NEED_A_GPU:
         for layer in model.layers.values():
             layer.forward = lambda hidden, *_, **__: hidden
     return model.eval()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import torchtitan_liger.head_loss.sweeps as torch_sweeps
 from torchtitan_liger.head_loss import engine, passes, triton_sweeps
@@ -41,3 +43,10 @@ def sweeps(request, monkeypatch):
 def chunks(request, monkeypatch):
     plan = engine.ChunkPlan(request.param, 0, 0, 0)
     monkeypatch.setattr(engine, "plan_chunks", lambda *_, **__: plan)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

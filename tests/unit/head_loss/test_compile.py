@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,6 +10,16 @@ import pytest
 import torch
 
 from tests.helpers import Problem, read_by, relative_error, run_on_shards
+from tests.unit.head_loss.compiling import (
+    B,
+    Batch,
+    D,
+    L,
+    V,
+    batch,
+    compiled,
+    errors,
+)
 from torchtitan_liger.head_loss import (
     CrossEntropy,
     Distillation,
@@ -28,14 +36,7 @@ from torchtitan_liger.head_loss import (
     opaque,
 )
 
-B, L, D, V = 3, 12, 16, 101
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.fixture(params=[11, 10**6], ids="{}_tokens_per_chunk".format)
@@ -46,67 +47,6 @@ def chunks(request, monkeypatch):
         return engine.ChunkPlan(rows, -(-num_tokens // rows), 0, 0)
 
     monkeypatch.setattr(engine, "plan_chunks", plan)
-
-
-@dataclass
-class Batch:
-    """Leaves that learn, and numbers that do not, all [B, L, ...]."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    labels: torch.Tensor
-    token_weights: torch.Tensor
-    rows: dict[str, torch.Tensor]
-
-    @property
-    def leaves(self) -> list[torch.Tensor]:
-        leaves = (self.hidden, self.weight, self.token_weights)
-        return [x for x in leaves if x.requires_grad]
-
-
-def batch(length: int = L, seed: int = 0) -> Batch:
-    problem = Problem(T=B * length, D=D, V=V, seed=seed)
-    g = torch.Generator().manual_seed(seed)
-
-    def numbers(*size: int) -> torch.Tensor:
-        return torch.randn(B, length, *size, generator=g, dtype=torch.float64)
-
-    return Batch(
-        problem.hidden.view(B, length, D).requires_grad_(),
-        problem.weight.requires_grad_(),
-        problem.labels.view(B, length),
-        numbers().abs().requires_grad_(),
-        {
-            "advantages": numbers(),
-            "old_logp": -5 + numbers(),
-            "candidates": torch.randint(-1, V, (B, length, 3), generator=g),
-        },
-    )
-
-
-def errors(compiled: Callable[..., Any], eager: Callable[..., Any], b: Batch) -> float:
-    """The largest error of values and gradients, for an upstream gradient of -0.37."""
-    leaves = b.leaves
-    values = []
-    for loss_of in (compiled, eager):
-        loss = loss_of(b)
-        grads = torch.autograd.grad(loss * -0.37, leaves, allow_unused=True)
-        values.append([loss.detach(), *grads])
-    assert [x is None for x in values[0]] == [x is None for x in values[1]]
-    return max(
-        relative_error(ours, truth)
-        for ours, truth in zip(*values, strict=True)
-        if truth is not None
-    )
-
-
-def compiled(
-    loss_of: Callable[[Batch], torch.Tensor],
-    backend: str = "aot_eager",
-    fullgraph: bool = True,
-    **settings: Any,
-) -> Callable[[Batch], torch.Tensor]:
-    return torch.compile(loss_of, backend=backend, fullgraph=fullgraph, **settings)
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -382,80 +322,6 @@ def test_the_operation_keeps_the_rules_of_operations(chunks):
             for x in args
         )
         torch.library.opcheck(real, tuple(leaves))
-
-
-def test_settings_may_change_between_calls():
-    def loss_of(b: Batch, z_loss: float) -> torch.Tensor:
-        return linear_cross_entropy(b.hidden, b.weight, b.labels, z_loss=z_loss)
-
-    one_graph = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
-    for z_loss in (0.0, 0.1, 0.2, 0.3):
-        error = errors(
-            lambda b, z=z_loss: one_graph(b, z),
-            lambda b, z=z_loss: loss_of(b, z),
-            batch(),
-        )
-        assert error < 1e-12
-
-
-def test_heads_that_compute_the_same_share_a_graph():
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph
-
-    def loss_of(head: HeadLoss, b: Batch) -> torch.Tensor:
-        return head(b.hidden, b.weight, b.labels).loss
-
-    one_graph = torch.compile(loss_of, backend=backend, fullgraph=True)
-    b = batch()
-    for weight in (0.1, 0.1, 0.2, 0.2):
-        head = HeadLoss([CrossEntropy(), ZLoss(weight)])
-        torch.testing.assert_close(one_graph(head, b), loss_of(head, b))
-    assert len(graphs) == 2
-
-
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [("ignore_index", [0, 1, 2, -100, 2**60]), ("z_loss", [0, 1, 2, 0.5])],
-)
-def test_integers_among_the_settings_may_change(name, values, dynamic):
-    def loss_of(b: Batch, value: float) -> torch.Tensor:
-        return linear_cross_entropy(b.hidden, b.weight, b.labels, **{name: value})
-
-    one = torch.compile(loss_of, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    b = batch()
-    b.labels = b.labels.clamp(min=0)
-    for value in values:
-        assert relative_error(one(b, value), loss_of(b, value)) < 1e-12
-
-
-@pytest.mark.parametrize("normalizers", [(13, 17, 19), (0.5, 2.0, 3.0)], ids=str)
-def test_the_normalizer_may_change(normalizers):
-    head = HeadLoss([CrossEntropy()])
-
-    def loss_of(b: Batch, normalizer: float) -> torch.Tensor:
-        return head(b.hidden, b.weight, b.labels, normalizer=normalizer).loss
-
-    one = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
-    b = batch()
-    for normalizer in normalizers:
-        error = relative_error(one(b, normalizer), loss_of(b, normalizer))
-        assert error < 1e-12
-
-
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_settings_out_of_range_are_told_as_without_a_graph(fullgraph):
-    """But for the type, where torch refuses any exception."""
-
-    def loss_of(b: Batch) -> torch.Tensor:
-        return linear_cross_entropy(b.hidden, b.weight, b.labels, temperature=0.0)
-
-    error = torch._dynamo.exc.Unsupported if fullgraph else ValueError
-    with pytest.raises(error, match="temperature must be positive, got 0.0"):
-        compiled(loss_of, fullgraph=fullgraph)(batch())
 
 
 def test_a_second_derivative_raises():

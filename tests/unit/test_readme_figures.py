@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 import sys
 from statistics import fmean
@@ -191,3 +192,27 @@ def test_what_sharded_vocabularies_gain_and_lose_is_measured():
     worst = max(float(row["d_weight_error_ratio"]) for row in rows)
     assert worst <= 1.05
     assert "That of the weight is as exact." in text
+
+
+def test_as_many_layouts_were_checked_as_the_readme_says():
+    table = (ROOT / "benchmarks/mesh_h200_202611.md").read_text()
+    layouts = re.findall(r"^\| .* \| \d \| .* \| (\w+) \|$", table, re.MULTILINE)
+    assert set(layouts) == {"yes"}
+    assert f"for {len(layouts)} layouts" in " ".join(README.split())
+
+
+def test_a_token_takes_as_long_as_the_readme_says_whatever_the_batch():
+    rows = runs("head_loss_growth_h200_202611")
+    mine = [row for row in rows if row["implementation"] == "chunked, default"]
+    times = [float(row["us_per_token"]) for row in mine]
+    percent = math.ceil(100 * (max(times) / min(times) - 1))
+    sizes = sorted(int(row["tokens"]) for row in mine)
+    words = f"within {percent} %, in batches of {sizes[0]:,} to {sizes[-1]:,} tokens"
+    assert words in " ".join(README.split())
+
+
+def test_the_distance_from_the_floor_at_a_small_width_was_measured():
+    table = (ROOT / "benchmarks/head_loss_d2048_h200_202611.md").read_text()
+    ratios = re.findall(r"^\| chunked, default \|.*?\|.*?\| ([\d.]+) \|", table, re.M)
+    low, high = f"{float(min(ratios)):.2f}", f"{float(max(ratios)):.2f}"
+    assert f"further from the floor: {low} to {high}" in " ".join(README.split())

@@ -80,6 +80,18 @@ def early_gather(model: nn.Module) -> Callable[[], None]:
     )
 
 
+def gather_last_norm(model: nn.Module) -> None:
+    """Call when a step's batches are there, while the optimizer's kernels still run.
+
+    Without a head, torchtitan leaves the last norm to the FSDP group of the whole model,
+    and nothing hides that group's gather at the start of a forward pass. Not before the
+    model's first one, in which FSDP finds out what belongs together; nor before a batch is
+    fetched, since a data pipeline may change the weights.
+    """
+    if isinstance(model, FSDPModule):
+        model.unshard()
+
+
 def _parallelize_around_head(
     parallelize_decoder: Callable[..., nn.Module],
     model: nn.Module,

@@ -19,7 +19,7 @@ from torchtitan_liger.head_loss.calls import check_label_range
 from torchtitan_liger.head_loss_plan import NUM_LABELED, TOKEN_WEIGHTS
 from torchtitan_liger.head_loss_report import HeadLossReport
 from torchtitan_liger.lm_head import LMHead
-from torchtitan_liger.parallelize import early_gather
+from torchtitan_liger.parallelize import early_gather, gather_last_norm
 from torchtitan_liger.preflight import check_head
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -61,13 +61,17 @@ class LigerTrainer(Trainer):
         Raises:
             ValueError: with the value and the position of the first such label.
         """
-        for input_dict, labels in super().batch_generator(data_iterable):
+        batches = super().batch_generator(data_iterable)
+        for number, (input_dict, labels) in enumerate(batches, start=1):
             if self.head_loss_plan.enabled:
                 check_label_range(labels, self.model_args.vocab_size, IGNORE_INDEX)
                 # Counted here, while nobody has to wait for a GPU. torchtitan moves the
                 # tensors of the dict and leaves the rest alone.
                 num_labeled: Any = int((labels != IGNORE_INDEX).sum())
                 input_dict = {**input_dict, NUM_LABELED: num_labeled}
+                is_last = number % self.gradient_accumulation_steps == 0
+                if is_last and self.lm_head.num_fused_calls:
+                    gather_last_norm(self.model_parts[0])
             yield input_dict, labels
 
     def forward_backward_step(

@@ -21,7 +21,7 @@ from tests.helpers import Problem, full_logits, relative_error
 
 import torch  # isort: skip
 import torch.distributed as dist  # isort: skip
-from torch.distributed.tensor import Partial, Replicate, Shard  # isort: skip
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard  # isort: skip
 from torchtitan.distributed.context_parallel import (  # isort: skip
     prepare_context_parallel_input,
 )
@@ -206,6 +206,42 @@ def two_batches_and_one_backward_pass() -> float:
     return max(relative_error(found[name], expected[name]) for name in expected)
 
 
+def weights_changed_by_a_data_pipeline() -> dict[str, Any]:
+    """By which factor the last norm's grew, and whether it was gathered by each batch."""
+    case = LAYOUTS["FSDP2"]
+    trainer = matrix.build_trainer(case, fused=True)
+    (model,) = trainer.model_parts
+    before = matrix.full(model.norm.weight)
+    groups = matrix.data_groups(case)
+    data = matrix.sequences(matrix.VOCABULARY, groups, silent_rank=False)
+    gathered = []
+
+    def pipeline() -> Iterator[matrix.Batch]:
+        for _ in range(2):
+            yield from doubling(
+                matrix.micro_batches(data, case.micro_batches, dist.get_rank(), groups)
+            )
+
+    def doubling(batches: Iterator[matrix.Batch]) -> Iterator[matrix.Batch]:
+        for batch in batches:
+            with torch.no_grad():
+                model.norm.weight.mul_(2)
+            yield batch
+
+    def watched(batches: Iterator[matrix.Batch]) -> Iterator[matrix.Batch]:
+        for batch in batches:
+            gathered.append(not isinstance(model.norm.weight, DTensor))
+            yield batch
+
+    trainer.metrics_processor.log = lambda *_, **__: None  # type: ignore[method-assign]
+    batches = watched(trainer.batch_generator(pipeline()))
+    for trainer.step in (1, 2):
+        trainer.train_step(batches)
+    factor = matrix.full(model.norm.weight) / before
+    trainer.close()
+    return {"factor": [factor.min().item(), factor.max().item()], "gathered": gathered}
+
+
 CHECKS: tuple[Callable[[], Any], ...] = (
     vocabulary_checks.sharded_vocabulary,
     vocabulary_checks.sharded_terms,
@@ -219,6 +255,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     head_that_fsdp_did_not_gather,
     communication,
     two_batches_and_one_backward_pass,
+    weights_changed_by_a_data_pipeline,
     preflight_checks.preflight_passes,
     preflight_checks.preflight_catches,
 )

@@ -48,7 +48,7 @@ from torchtitan.protocols.train_spec import register_train_spec  # noqa: E402
 
 from torchtitan_liger import models  # noqa: E402
 from torchtitan_liger.head_loss import engine  # noqa: E402
-from torchtitan_liger.trainer import LigerTrainer  # noqa: E402
+from torchtitan_liger.trainer import Batch, LigerTrainer  # noqa: E402
 
 # Flex attention has no kernel for fewer than 128 tokens and as many heads as GPT-OSS has.
 NUM_SEQUENCES, LENGTH = 8, 128
@@ -142,7 +142,7 @@ def sequences(vocab_size: int, groups: int, silent_rank: bool) -> torch.Tensor:
 
 def micro_batches(
     data: torch.Tensor, count: int, rank: int, groups: int
-) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+) -> Iterator[Batch]:
     for batch in data.unflatten(0, (count, groups, -1))[:, rank]:
         yield {"input": batch[:, 0].clone()}, batch[:, 1].clone()
 

@@ -156,6 +156,16 @@ def test_fsdp_keeps_two_batches_apart_until_their_backward_pass(launch):
 
 
 @pytest.mark.slow
+def test_the_last_norm_is_gathered_when_a_data_pipeline_has_changed_it(launch):
+    found = launch("tests.distributed.checks", 2)[0][
+        "weights_changed_by_a_data_pipeline"
+    ]
+    assert found["factor"] == [16, 16]  # two steps of two batches
+    # Of the second step, by the last batch; the first step's forward pass finds the groups.
+    assert found["gathered"] == [False, False, False, True]
+
+
+@pytest.mark.slow
 def test_tensor_parallelism_has_one_collective_per_chunk(launch):
     counts = launch("tests.distributed.checks", 2)[0]["communication"]["TP"]
     one, four = counts["1"], counts["4"]

@@ -278,7 +278,7 @@ def measure(config: Path, impl: str, args: argparse.Namespace, size: int = 0) ->
     row |= read_log(log, args.warmup)
     row["result"] = verdict(code, log, args.limit)
     if row["result"] == OK and not (args.largest or row["tokens/s per device"]):
-        row["result"] = "no step logged after --warmup"
+        row["result"] = "no step logged after --warmup: see metrics.log_freq"
     return row
 
 

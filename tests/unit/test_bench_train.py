@@ -239,7 +239,7 @@ def test_a_run_whose_speed_nobody_logged_is_not_ok(bench, monkeypatch):
     monkeypatch.setenv("STUB_LOG_FREQ", "5")
     assert bench("--impl", "stock", "--steps", "4", "--warmup", "1") == 1
     (row,) = rows()
-    assert row["result"] == "no step logged after --warmup"
+    assert row["result"] == "no step logged after --warmup: see metrics.log_freq"
 
 
 def test_lack_of_memory_in_a_plain_run_is_a_row_and_a_failure(bench):

@@ -6,6 +6,7 @@ gradient this rank holds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from torchtitan_liger.head_loss import HeadLoss, Statistics
 from torchtitan_liger.liger_api import LigerHeadLoss
 
-BLOCK = 16384  # columns, or 64 tokens, at a time in float64
+BLOCK = 16384  # columns of the weight at a time in float64
 
 
 class Sample(NamedTuple):
@@ -46,19 +47,23 @@ def full_logits_gradients(
     loss = torch.zeros((), dtype=wide, device=weight_VD.device)
     d_hidden, total = [], max(1, len(sample.labels_N))
     d_weight = torch.zeros_like(weight_VD[columns], dtype=wide)
+
+    def blocks() -> Iterator[torch.Tensor]:
+        for block_bD in weight_VD.split(BLOCK):
+            yield block_bD.to(sample.dtype).to(dtype)
+
     with torch.autocast(weight_VD.device.type, enabled=False):
         for start in range(0, len(sample.labels_N), 64):
             hidden_nD = sample.hidden_ND[start : start + 64].to(sample.dtype).to(dtype)
             labels_n = sample.labels_N[start : start + 64]
-            blocks = [b.to(sample.dtype).to(dtype) for b in weight_VD.split(BLOCK)]
-            logits_nV = torch.cat([hidden_nD @ b.T for b in blocks], dim=1)
+            logits_nV = torch.cat([hidden_nD @ b.T for b in blocks()], dim=1)
             logits_nV.requires_grad_()
             part = _loss(logits_nV.to(wide), labels_n, head_loss) / total
             (d_logits_nV,) = torch.autograd.grad(part, logits_nV)
             loss += part.detach()
             d_parts = d_logits_nV.split(BLOCK, dim=1)
             d_hidden.append(
-                sum((d @ b).to(wide) for d, b in zip(d_parts, blocks, strict=True))
+                sum((d @ b).to(wide) for d, b in zip(d_parts, blocks(), strict=True))
             )
             d_weight += (d_logits_nV[:, columns].T @ hidden_nD).to(wide)
     d_hidden_ND = torch.cat([*d_hidden, weight_VD.new_empty(0, weight_VD.shape[1])])

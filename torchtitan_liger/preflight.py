@@ -134,7 +134,7 @@ def check_head(
             seq_len,
             device,
         )
-        weight_VD = _full(head.weight.detach())
+        weight_VD = _full(head.weight.detach()).to(device)  # it may be offloaded
         columns = _columns(head.weight)
     head.num_fused_calls = calls
     truth = full_logits_gradients(sample, weight_VD, columns, head_loss, torch.float64)
@@ -208,7 +208,8 @@ def _fused_step(
                 hidden = hidden.detach().requires_grad_()
             hidden.retain_grad()
             loss = head(hidden, labels, head_loss=head_loss, normalizer=total).loss
-            dtype = products_dtype(hidden, _local(head.weight))
+            # FSDP may have sharded the head's weight again, in another dtype.
+            dtype = products_dtype(hidden, hidden)
         loss.backward()
     assert hidden.grad is not None
     assert head.weight.grad is not None
@@ -223,7 +224,7 @@ def _fused_step(
     fused = Gradients(
         loss=torch.stack(_gather(loss.detach()[None], dims)).sum(),
         d_hidden=_full(hidden.grad)[valid],
-        d_weight=_local(head.weight.grad).clone(),
+        d_weight=_local(head.weight.grad).to(device, copy=True),
     )
     return fused, sample
 

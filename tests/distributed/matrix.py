@@ -250,6 +250,8 @@ def run_step(
     with chunked_in(chunks if fused else None):
         trainer = build_trainer(case, fused=fused)
         (model,) = trainer.model_parts
+        if fused:
+            trainer._preflight()  # as before the first step of a run
         logged: dict[str, float] = {}
         trainer.metrics_processor.log = (  # type: ignore[method-assign]
             lambda _step, loss, _max, norm, **_: logged.update(loss=loss, norm=norm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from math import lcm
 from typing import Any, Literal, NamedTuple
 
@@ -360,13 +360,14 @@ class HeadLoss:
             if not self.options.logits_memory_mib:  # chunks of the same size
                 budget += budget * dtype.itemsize // num_bytes
             num_bytes += dtype.itemsize
-        plan = plan_chunks(
+        plan_with = partial(
+            plan_chunks,
             num_tokens,
             num_columns,
             itemsize=dtype.itemsize,
-            bytes_per_logit=num_bytes * num_buffers,
             budget=budget,
         )
-        if sharded and plan.num_chunks == 1:  # there is no next product
-            plan = replace(plan, logits_bytes=plan.logits_bytes // 2)
+        plan = plan_with(bytes_per_logit=num_bytes)
+        if plan.num_chunks > 1:  # else there is no next product
+            plan = plan_with(bytes_per_logit=num_bytes * num_buffers)
         return plan

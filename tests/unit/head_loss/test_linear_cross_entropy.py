@@ -182,9 +182,10 @@ def test_peak_memory_is_within_the_plan(softcap, dtype):
     assert peak_resident_bytes() - before < plan.logits_bytes + gradients + 16 * 2**20
 
 
-@pytest.mark.parametrize("tokens_per_chunk", [100, 257])
-def test_a_sharded_heads_buffers_are_the_plans(monkeypatch, tokens_per_chunk):
-    """Two of each with several chunks, as a chunk's sums travel beside the next product."""
+@pytest.mark.parametrize("tokens_in_budget", [160, 192, 257])
+def test_a_sharded_heads_buffers_are_the_plans(monkeypatch, tokens_in_budget):
+    """Two of each with several chunks, as a chunk's sums travel beside the next product;
+    one of each where all tokens fit into one chunk."""
     problem = Problem(V=512)
     sizes = []
 
@@ -193,13 +194,15 @@ def test_a_sharded_heads_buffers_are_the_plans(monkeypatch, tokens_per_chunk):
         return like.new_empty(size)
 
     monkeypatch.setattr(passes, "matrix", matrix)
-    row_bytes = 2 * 256 * 8
-    monkeypatch.setattr(engine, "budget_bytes", lambda *_: tokens_per_chunk * row_bytes)
+    row_bytes = 256 * 8
+    monkeypatch.setattr(engine, "budget_bytes", lambda *_: tokens_in_budget * row_bytes)
     head = HeadLoss()
     run_on_shards(monkeypatch, head, problem, [256, 256], num_labeled=None)
     num_tokens = int((problem.labels != problem.ignore_index).sum())
     plan = head.plan(num_tokens, problem.D, 256, torch.float64, "cpu", sharded=True)
-    assert (plan.num_chunks > 1) == (tokens_per_chunk < num_tokens)
+    assert num_tokens == 176
+    assert (plan.num_chunks > 1) == (tokens_in_budget < num_tokens)
+    assert plan.logits_bytes <= tokens_in_budget * row_bytes
     assert sum(sizes) / 2 == plan.logits_bytes
 
 

@@ -27,15 +27,13 @@ log_rank=${LOG_RANK:-0}
 gpus=$(count_gpus)
 ngpu=${NGPU:-$((gpus > 0 ? gpus : 1))}
 
-help="" config_named="" custom_named="" previous=""
+help="" config_named="" previous=""
 for arg in "$@"; do
     case $previous in --job.config_file | --job.config-file) config=$arg ;; esac
     case $arg in
         -h | --help) help=yes ;;
         --job.config_file | --job.config-file) config_named=yes ;;
         --job.config_file=* | --job.config-file=*) config_named=yes config=${arg#*=} ;;
-        --job.custom_config_module | --job.custom_config_module=*) custom_named=yes ;;
-        --job.custom-config-module | --job.custom-config-module=*) custom_named=yes ;;
     esac
     previous=$arg
 done
@@ -72,10 +70,6 @@ source "$root/scripts/setup_env.sh" ""
 # the user's.
 options=()
 if [ -z "$config_named" ]; then options+=("--job.config_file=$config"); fi
-named_in_toml='^[[:space:]]*(job\.)?custom_config_module[[:space:]]*=[[:space:]]*["'\''][^"'\'']'
-if [ -z "$custom_named" ] && ! grep -qE "$named_in_toml" "$config"; then
-    options+=(--job.custom_config_module=torchtitan_liger.job_config)
-fi
 
 export LAUNCHER=$0 # what the program calls itself in its help
 if [ -n "$help" ]; then

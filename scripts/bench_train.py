@@ -237,7 +237,13 @@ def known_facts(config: Path, impl: str, args: argparse.Namespace) -> Row:
 def measure(config: Path, impl: str, args: argparse.Namespace, size: int = 0) -> Row:
     """Run one job, a trial of this `size` in a search; read speed, memory and loss."""
     row = known_facts(config, impl, args) | {"steps": str(args.steps)}
-    changes = [] if impl == "stock" else [FLAG, f"--liger_kernel.impl={impl}"]
+    changes = []
+    if impl != "stock":
+        changes += [
+            FLAG,
+            f"--liger_kernel.impl={impl}",
+            "--liger_kernel.fallback=error",
+        ]
     if args.largest:
         # Every step is logged: after the first one come the optimizer's states.
         changes += ["--metrics.log_freq=1", "--training.global_batch_size=-1"]
@@ -260,7 +266,6 @@ def measure(config: Path, impl: str, args: argparse.Namespace, size: int = 0) ->
             f"--training.steps={args.steps}",
             "--metrics.disable_color_printing",
             "--debug.seed=1",
-            "--liger_kernel.fallback=error",
             *args.overrides,
             *changes,
         ]

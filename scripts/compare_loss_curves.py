@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -84,6 +85,8 @@ the noise floor. Without further ones, the relative bounds judge alone.
 
 def main() -> int:
     args = parse_args(sys.argv[1:])
+    # The run in progress is ended with this process, and gives its GPUs back.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         rule = Rule(args.loss_bound, args.grad_norm_bound, args.noise_factor)
         report = (
@@ -305,11 +308,15 @@ class Trainer:
         with process, open(folder / LOG_NAME, "w") as log:
             log.write(f"$ {shown}\n")
             assert process.stdout is not None
-            for line in process.stdout:
-                log.write(line)
-                log.flush()
-                tail.append(line)
-                self.progress.read(line)
+            try:
+                for line in process.stdout:
+                    log.write(line)
+                    log.flush()
+                    tail.append(line)
+                    self.progress.read(line)
+            except BaseException:
+                process.terminate()  # torchrun ends its workers
+                raise
         seconds = time.monotonic() - start
         run = read_run(folder, name)
         self.details[name] = {"command": shown, "seconds": f"{seconds:.0f}"}

@@ -37,7 +37,6 @@ class LogFacts:
     fused_calls: int | None = None
     """Losses that the LM head computed without logits."""
     impl: str = ""
-    validated: bool = False
     finished: bool = False
     error: str = ""
     """The exception that ended the run, in one line."""
@@ -279,9 +278,7 @@ class _LogParser:
             self.facts = replace(self.facts, finished=True)
 
     def _step(self, validation: bool, step: int, values: str) -> None:
-        if validation:
-            self.facts = replace(self.facts, validated=True)
-        elif step <= max(self.curves.get(LOSS, {}), default=step - 1):
+        if not validation and step <= max(self.curves.get(LOSS, {}), default=step - 1):
             self.restarts.append(step)
             for tag, curve in self.curves.items():
                 self.curves[tag] = _continue_at(curve, step)

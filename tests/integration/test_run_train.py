@@ -6,8 +6,6 @@ import pytest
 
 from tests.integration.shell import write
 
-CUSTOM = "--job.custom_config_module=torchtitan_liger.job_config"
-
 
 def test_a_missing_config_is_named_together_with_those_that_exist(shell, repo):
     done = shell(repo / "run_train.sh", CONFIG_FILE="nowhere.toml")
@@ -24,7 +22,7 @@ def test_the_job_goes_to_torchrun_with_the_debug_model_by_default(shell, repo, r
     assert " ".join(report["args"]) == (
         "--nproc_per_node=1 --rdzv_backend c10d --rdzv_endpoint=localhost:0 "
         "--local-ranks-filter 0 --role rank --tee 3 "
-        f"-m torchtitan_liger.train --job.config_file={config} {CUSTOM}"
+        f"-m torchtitan_liger.train --job.config_file={config}"
     )
 
 
@@ -59,47 +57,10 @@ def test_the_exit_code_is_that_of_the_run(shell, repo, run_env):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        ["--job.custom_config_module=mine"],
-        ["--job.custom_config_module", "mine"],
-        ["--job.custom-config-module=mine"],
-        ["--job.custom-config-module", "mine"],
-    ],
-)
-def test_no_config_module_is_added_to_one_among_the_options(
-    shell, repo, run_env, options
-):
-    args = shell.report(repo / "run_train.sh", *options, VIRTUAL_ENV=run_env)["args"]
-    assert CUSTOM not in args
-
-
-@pytest.mark.parametrize(
-    ("toml", "added"),
-    [
-        ('[job]\ncustom_config_module = "mine"', False),
-        ("[job]\n  custom_config_module='mine'", False),
-        ('job.custom_config_module = "mine"', False),
-        ('[job]\n# custom_config_module = "mine"', True),
-        ('[job]\ncustom_config_module = ""', True),
-        ('[job]\ndescription = "custom_config_module"', True),
-    ],
-)
-def test_the_config_module_is_added_if_the_toml_names_none(
-    shell, repo, run_env, toml, added
-):
-    write(shell.cwd / "job.toml", toml + "\n")
-    args = shell.report(
-        repo / "run_train.sh", VIRTUAL_ENV=run_env, CONFIG_FILE="job.toml"
-    )["args"]
-    assert (CUSTOM in args) is added
-
-
-@pytest.mark.parametrize(
     "options", [["--job.config_file=other.toml"], ["--job.config-file", "other.toml"]]
 )
 def test_a_config_file_among_the_options_is_the_only_one(shell, repo, run_env, options):
-    write(shell.cwd / "other.toml", 'job.custom_config_module = "mine"\n')
+    write(shell.cwd / "other.toml", "")
     args = shell.report(repo / "run_train.sh", *options, VIRTUAL_ENV=run_env)["args"]
     assert args[args.index("torchtitan_liger.train") + 1 :] == options
 
@@ -170,4 +131,4 @@ def test_help_explains_the_variables_then_asks_the_program(shell, repo, run_env,
         assert any(line.startswith(f"  {variable} ") for line in usage)
     report = json.loads(last)
     assert report["module"] == "torchtitan_liger.train"
-    assert report["args"][1:] == [CUSTOM, flag]
+    assert report["args"][1:] == [flag]

@@ -80,14 +80,18 @@ def test_a_config_module_of_the_users_own_wins(tmp_path, key):
     for argv in ([f"--job.{key}=mine"], [f"--job.{key}", "mine"]):
         assert name_config_module(argv) == argv
     config = tmp_path / "c.toml"
-    config.write_text('[job]\ncustom_config_module = "mine"\n')
     argv = [f"--job.config_file={config}"]
-    assert name_config_module(argv) == argv
+    for table in (f'[job]\n{key} = "mine"', f'job = {{{key} = "mine"}}'):
+        config.write_text(table.replace("-", "_"))
+        assert name_config_module(argv) == argv
 
 
-def test_a_toml_of_torchtitans_knows_our_sections(tmp_path):
+@pytest.mark.parametrize(
+    "job", ['description = "custom_config_module"', 'custom_config_module = ""']
+)
+def test_a_toml_of_torchtitans_knows_our_sections(tmp_path, job):
     config = tmp_path / "c.toml"
-    config.write_text('[job]\ndescription = "custom_config_module"\n')
+    config.write_text(f"[job]\n{job}\n")
     argv = [f"--job.config_file={config}", FLAG]
     ours = "--job.custom_config_module=torchtitan_liger.job_config"
     assert name_config_module(argv) == [ours, *argv]

@@ -157,7 +157,6 @@ def test_validation_is_no_training_step():
     run = parse_log(titan_log([5.0, 4.0]) + line)
     assert run.curves[LOSS] == {1: 5.0, 2: 4.0}
     assert run.curves[VALIDATION_LOSS] == {2: 7.1234}
-    assert run.log.validated
     assert run.restarts == ()
 
 

@@ -318,11 +318,6 @@ def test_micro_batches_are_counted():
     assert missing_proof(Runs(OFF, on)) == []
 
 
-def test_validation_may_be_fused_as_well():
-    assert missing_proof(Runs(OFF, counted(ON, 30, validated=True))) == []
-    assert missing_proof(Runs(OFF, counted(ON, 19, validated=True)))
-
-
 # --- on again ------------------------------------------------------------------------
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -37,10 +37,18 @@ def check_keys(toml: Mapping[str, Any], path: str) -> None:
         ValueError: with the key, its value, and the nearest key that exists.
     """
     for name in SECTIONS:
-        for other in difflib.get_close_matches(name, set(toml) - set(SECTIONS)):
+        others = set(toml) - set(SECTIONS)
+        # Nearly the same: a config module of the user's own may have other sections.
+        for other in difflib.get_close_matches(name, others, cutoff=0.8):
             raise ValueError(
                 f"{path}: there is no section [{other}]; did you mean {name}?"
             )
+    training = toml.get("training")
+    compiled = training.get("compile") if isinstance(training, Mapping) else None
+    if compiled is not None and type(compiled) is not bool:
+        raise ValueError(
+            f"{path}: training.compile is {compiled!r}; it must be true or false"
+        )
     for name, section in SECTIONS.items():
         _check_table(toml.get(name, {}), section, name, path)
 
@@ -120,7 +128,7 @@ def _unlike(value: Any, kind: Any, key: str) -> str | None:
     if kind is int:
         if type(value) is not int:
             return "a whole number"
-    elif type(value) not in (int, float) or not math.isfinite(value):
+    elif type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         return "a number"
     inside, wanted = RANGES.get(key, (lambda _: True, ""))
     return None if inside(value) else wanted

@@ -143,6 +143,17 @@ def _half_a_pair(job: JobConfig, _: Environment) -> str | None:
     )
 
 
+def _transforms_in_stock_validation(job: JobConfig, _: Environment) -> str | None:
+    options = _requested(job).options
+    plain = not options.logit_softcap and options.temperature == 1
+    if settings(job).validation or not job.validation.enable or plain:
+        return None
+    return (
+        "liger_kernel.validation = false leaves the validation loss to torchtitan, which "
+        f"has no softcap and no temperature, but {_listed(job)}: leave it out"
+    )
+
+
 def _wants_liger(job: JobConfig) -> bool:
     return settings(job).impl in ("auto", "liger")
 
@@ -242,6 +253,13 @@ RULES = (
         ValueError,
     ),
     Rule(
+        "`liger_kernel.validation = false` with a softcap or a temperature",
+        "refused: torchtitan's validation has neither",
+        _transforms_in_stock_validation,
+        "refuse",
+        ValueError,
+    ),
+    Rule(
         "Liger-Kernel missing, too old or broken",
         '`chunked`, with a warning; `fallback = "error"`: ImportError',
         _liger_not_importable,
@@ -296,7 +314,8 @@ def resolve(job: JobConfig, environment: Environment | None = None) -> HeadLossP
                 f"{_listed(job)}, which torchtitan's own loss would ignore: turn the "
                 f"fused loss on (--{FLAG}), or leave this out"
             )
-        return plan
+        unused = ", ".join(changes(settings(job), "liger_kernel"))
+        return replace(plan, warning=unused and f"{unused}: unused without --{FLAG}")
     environment = environment or this_environment()
     config = settings(job)
     for rule in RULES:
@@ -379,17 +398,3 @@ def model_args(job: JobConfig) -> BaseModelArgs:
             f"model.flavor is {name!r}; {job.model.name} has {', '.join(flavors)}"
         )
     return flavors[name]
-
-
-def check_vocabulary(job: JobConfig, tokenizer_size: int) -> None:
-    """
-    Raises:
-        ValueError: when the tokenizer knows more words than the model.
-    """
-    vocab_size = model_args(job).vocab_size
-    if tokenizer_size > vocab_size:
-        raise ValueError(
-            f"the tokenizer in model.hf_assets_path = {job.model.hf_assets_path!r} has "
-            f"{tokenizer_size} words, but {job.model.name} {job.model.flavor} only "
-            f"{vocab_size}: choose another model.flavor or another tokenizer"
-        )

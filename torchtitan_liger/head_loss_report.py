@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,12 +15,14 @@ from torchtitan_liger.head_loss import HeadLossOutput
 class _Reduction(NamedTuple):
     over_micro_batches: Callable[..., torch.Tensor]
     over_ranks: dist.ReduceOp.RedOpType
+    of_nothing: float | None = None
+    """What a step without any label has: not worth a log."""
 
 
 _REDUCTIONS = {
     "sum": _Reduction(torch.sum, dist.ReduceOp.SUM),
-    "max": _Reduction(torch.amax, dist.ReduceOp.MAX),
-    "min": _Reduction(torch.amin, dist.ReduceOp.MIN),
+    "max": _Reduction(torch.amax, dist.ReduceOp.MAX, -math.inf),
+    "min": _Reduction(torch.amin, dist.ReduceOp.MIN, math.inf),
 }
 
 
@@ -47,7 +50,7 @@ class HeadLossReport:
     def values(self, group: dist.ProcessGroup | None) -> dict[str, float]:
         """The values over all micro-batches and the ranks of `group`.
 
-        One collective, and one more where there are maxima or minima.
+        One collective, one more where there are maxima, and one where there are minima.
         """
         found: dict[str, float] = {}
         names = list(self._parts[0]) if self._parts else []
@@ -61,8 +64,9 @@ class HeadLossReport:
             packed = reduction.over_micro_batches(torch.stack(rows), dim=0)
             if group is not None:
                 dist.all_reduce(packed, reduction.over_ranks, group)
-            found.update(zip(alike, packed.tolist(), strict=True))
-        return {name: found[name] for name in names}
+            values = zip(alike, packed.tolist(), strict=True)
+            found.update((n, v) for n, v in values if v != reduction.of_nothing)
+        return {name: found[name] for name in names if name in found}
 
 
 def _kind(name: str) -> str:

@@ -111,7 +111,7 @@ class PolicyGradient:
     weight: float | None = None
     """
     Factor of the policy gradient. Reads `advantages` from the batch and, but for
-    "reinforce", `old_logp`.
+    "reinforce" without an `importance_cap`, `old_logp`.
     """
 
     kind: Literal["ppo", "cispo", "reinforce"] = "ppo"

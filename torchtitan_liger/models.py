@@ -16,7 +16,7 @@ from torchtitan.protocols import train_spec as torchtitan_specs
 from torchtitan.protocols.model import BaseModelArgs
 
 from torchtitan_liger import validator
-from torchtitan_liger.config_validator import check_vocabulary
+from torchtitan_liger.config_validator import model_args
 from torchtitan_liger.data import build_text_dataloader
 from torchtitan_liger.lm_head import LMHead
 from torchtitan_liger.parallelize import parallelize
@@ -110,3 +110,17 @@ def _build_dataloader(
     # The first time that torchtitan has a tokenizer, and before it builds a model.
     check_vocabulary(job_config, tokenizer.get_vocab_size())
     return build_text_dataloader(tokenizer=tokenizer, job_config=job_config, **kwargs)
+
+
+def check_vocabulary(job: JobConfig, tokenizer_size: int) -> None:
+    """
+    Raises:
+        ValueError: when the tokenizer knows more words than the model.
+    """
+    vocab_size = model_args(job).vocab_size
+    if tokenizer_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer in model.hf_assets_path = {job.model.hf_assets_path!r} has "
+            f"{tokenizer_size} words, but {job.model.name} {job.model.flavor} only "
+            f"{vocab_size}: choose another model.flavor or another tokenizer"
+        )

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.config import JobConfig
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_module
 from torchtitan.train import Trainer
 
 from torchtitan_liger import data, models
-from torchtitan_liger.config_validator import model_args, resolve, settings
+from torchtitan_liger.config_validator import FLAG, model_args, resolve, settings
 from torchtitan_liger.head_loss.calls import check_label_range
-from torchtitan_liger.head_loss_plan import NUM_LABELED, TOKEN_WEIGHTS
+from torchtitan_liger.head_loss.chunking import MIB
+from torchtitan_liger.head_loss_plan import FOR_TERMS, NUM_LABELED, TOKEN_WEIGHTS
 from torchtitan_liger.head_loss_report import HeadLossReport
 from torchtitan_liger.lm_head import LMHead
 from torchtitan_liger.parallelize import early_gather, gather_last_norm
@@ -36,7 +37,8 @@ class LigerTrainer(Trainer):
         settings(job_config)
         models.register(job_config.model.name)
         model_args(job_config)
-        data.register_datasets(job_config.training.text_field)
+        # A config module of the user's own may have the section liger_kernel alone.
+        data.register_datasets(getattr(job_config.training, "text_field", "text"))
         # Before any model is built.
         self.head_loss_plan = resolve(job_config)
         self.head_loss_report = HeadLossReport()
@@ -87,6 +89,11 @@ class LigerTrainer(Trainer):
             [] this rank's sum of losses / tokens with a label on all ranks.
         """
         if not self.head_loss_plan.enabled:
+            if unread := sorted(FOR_TERMS & input_dict.keys()):
+                raise ValueError(
+                    f"the batch has {', '.join(unread)}, which torchtitan's own loss "
+                    f"would ignore: turn the fused loss on (--{FLAG}), or leave it out"
+                )
             return super().forward_backward_step(
                 input_dict=input_dict,
                 labels=labels,
@@ -184,6 +191,8 @@ class LigerTrainer(Trainer):
                 "with optimizer.early_step_in_backward its backward pass would change "
                 "the weights"
             )
+        if (mode := self.job_config.comm.mode) != "default":
+            return f"comm.mode = {mode} has no other ranks"
         dims, tied = (
             self.parallel_dims,
             "output.weight" not in dict(self.model_parts[0].named_parameters()),
@@ -200,16 +209,28 @@ class LigerTrainer(Trainer):
         if head.head_loss.impl == "reference":
             logger.info("The LM head holds all logits at one time (reference)")
             return
-        dtype = torch.bfloat16 if training.mixed_precision_param == "bfloat16" else None
+        precision = training.mixed_precision_param
+        if parallel.tp_enabled and not parallel.fsdp_enabled:
+            precision = training.dtype  # torchtitan mixes none there
         plan = head.head_loss.plan(
             num_tokens,
             head.in_features,
             -(-head.out_features // parallel.tp),
-            dtype or torch.float32,
+            TORCH_DTYPE_MAP[precision],
             self.device.type,
             sharded=parallel.tp > 1,
         )
         logger.info(f"The LM head holds {plan}")
+        budget = settings(self.job_config).logits_memory_mib
+        if budget and plan.logits_bytes > budget * MIB:
+            logger.warning(
+                f"liger_kernel.logits_memory_mib is {budget}: {head.head_loss.impl} has "
+                "no smaller chunk than this"
+                + (
+                    "; --liger_kernel.impl chunked has"
+                    * (head.head_loss.impl == "liger")
+                )
+            )
 
 
 def shard_rows(

@@ -10,6 +10,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.validate import BaseValidator, Validator, build_validator
 from torchtitan.config import JobConfig
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from torchtitan_liger.config_validator import resolve
@@ -29,6 +30,8 @@ class LigerValidator(Validator):
     def __init__(self, job_config: JobConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(job_config, *args, **kwargs)
         self.plan = resolve(job_config)
+        # torchtitan's datasets that end stay at their end.
+        self.first_batch = self.validation_dataloader.state_dict()
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
@@ -41,6 +44,8 @@ class LigerValidator(Validator):
         # Float64 sums: one number for up to billions of tokens.
         totals = torch.zeros(2, dtype=torch.float64, device=device_type)
         most_steps = self.job_config.validation.steps
+        if most_steps == -1:
+            self.validation_dataloader.load_state_dict(self.first_batch)
         for num_steps, (input_dict, labels) in enumerate(self.validation_dataloader):
             if num_steps == most_steps:  # -1: all
                 break
@@ -67,10 +72,11 @@ class LigerValidator(Validator):
             totals += torch.stack([loss_sum.double(), (labels != IGNORE_INDEX).sum()])
         mesh = self.parallel_dims.get_optional_mesh("loss")
         loss_sum, num_tokens = (dist_utils.dist_sum(total, mesh) for total in totals)
-        self.metrics_processor.log_validation(
-            loss=loss_sum / max(num_tokens, 1), step=step
-        )
         model.train()
+        if num_tokens:
+            self.metrics_processor.log_validation(loss=loss_sum / num_tokens, step=step)
+        else:
+            logger.warning(f"validate step: {step}: no token with a label, so no loss")
 
 
 def build(

@@ -25,6 +25,17 @@ def test_an_unknown_key_is_named_with_its_value_and_its_neighbour():
         check_keys({"liger_kernel": {"zzz": 1}}, "a.toml")
 
 
+@pytest.mark.parametrize("value", ["true", 1])
+def test_compile_is_true_or_false(value):
+    check_keys({"training": {"compile": True}}, "a.toml")
+    with pytest.raises(ValueError, match=f"training.compile is {value!r}; it must be"):
+        check_keys({"training": {"compile": value}}, "a.toml")
+
+
+def test_sections_of_a_users_own_config_module_are_none_of_our_business():
+    check_keys({"loss": {}, "moe_loss": {}, "dpo_loss": {}, "head": {}}, "a.toml")
+
+
 def test_an_unknown_key_in_a_nested_table_is_named_as_well():
     check_keys({"head_loss": {"temperature": 2, "focal": {"weight": 1}}}, "a.toml")
     with pytest.raises(
@@ -95,6 +106,7 @@ def test_values_out_of_range_are_named(field, value, message):
         ("z_loss.weight", "1e-4", "a number"),
         ("z_loss.weight", True, "a number"),
         ("z_loss.weight", float("nan"), "a number"),
+        ("z_loss.weight", 10**400, "a number"),
         ("cross_entropy.weight", None, "a number"),
         ("cross_entropy.label_smoothing", 1.0, r"in \[0, 1\)"),
         ("focal.gamma", -1, "at least 0"),

@@ -13,7 +13,6 @@ from torchtitan_liger.config_validator import (
     FLAG_OFF,
     RULES,
     Environment,
-    check_vocabulary,
     model_args,
     resolve,
     support_table,
@@ -169,7 +168,7 @@ def test_a_converter_of_other_layers_is_none_of_our_business():
 def test_the_readme_has_the_table_and_each_row_a_test_above():
     assert support_table() in (ROOT / "README.md").read_text()
     # A new row needs a new test: for the third one see test_lm_head.
-    assert len(RULES) == 12
+    assert len(RULES) == 13
 
 
 @pytest.mark.parametrize("term", ["gspo", "preference"])
@@ -185,6 +184,26 @@ def test_half_a_pair_is_refused():
     with pytest.raises(ValueError, match="is 3: use --training.local_batch_size 4"):
         resolve(job(*args), GPU)
     assert resolve(job(args[1]), GPU).enabled
+
+
+@pytest.mark.parametrize("option", ["logit_softcap=30", "temperature=2"])
+def test_a_validation_that_would_ignore_a_softcap_or_a_temperature_is_refused(option):
+    args = (
+        f"--head_loss.{option}",
+        "--liger_kernel.no-validation",
+        "--validation.enable",
+    )
+    with pytest.raises(ValueError, match="liger_kernel.validation = false") as error:
+        resolve(job(*args), GPU)
+    assert f"head_loss.{option.replace('=', ' = ')}" in str(error.value)
+    for kept in (args[:2], args[1:], args[::2]):
+        assert resolve(job(*kept), GPU).enabled
+
+
+def test_settings_without_the_flag_are_unused_and_that_is_said():
+    warning = resolve(job("--liger_kernel.impl=chunked", on=False), GPU).warning
+    assert warning == f"liger_kernel.impl = chunked: unused without --{FLAG}"
+    assert resolve(job(on=False), GPU).warning == ""
 
 
 OTHER_LOSSES = [
@@ -269,6 +288,6 @@ def test_a_wrong_flavor_lists_the_right_ones():
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused():
-    check_vocabulary(job(), 16384)
+    models.check_vocabulary(job(), 16384)
     with pytest.raises(ValueError, match="has 16385 words, but .* only 16384"):
-        check_vocabulary(job(), 16385)
+        models.check_vocabulary(job(), 16385)

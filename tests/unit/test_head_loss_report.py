@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import torch
 
 from torchtitan_liger.head_loss import HeadLossOutput
@@ -23,6 +25,12 @@ def test_shares_are_summed_and_extremes_are_kept():
     assert abs(values["ratio/min"] - 0.1) < 1e-7
     assert values["max"] == 0.75
     assert report.weighted
+
+
+def test_a_step_without_labels_has_no_extremes_and_an_infinite_loss_stays():
+    report = HeadLossReport()
+    report.add(output(a=math.inf, r__max=-math.inf, r__min=math.inf), weighted=False)
+    assert report.values(None) == {"a": math.inf}
 
 
 def test_a_new_step_starts_from_nothing():

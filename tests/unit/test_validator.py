@@ -41,6 +41,20 @@ class Decoder(nn.Module):
         return self.tok_embeddings(tokens)
 
 
+class Loader:
+    """At its end it stays there, as torchtitan's does, until a state is loaded."""
+
+    def __init__(self, batches) -> None:
+        self.batches = batches
+        self.load_state_dict(None)
+
+    def load_state_dict(self, _state) -> None:
+        self.iterator = iter(self.batches)
+
+    def __iter__(self):
+        return self.iterator
+
+
 PLAIN = HeadLossPlan(True, "chunked", HeadLossOptions())
 
 
@@ -50,7 +64,9 @@ def validate(model, batches, steps=-1, plan=PLAIN):
     validator.plan = plan
     logged = {}
     validator.job_config = SimpleNamespace(validation=SimpleNamespace(steps=steps))
-    validator.validation_dataloader = batches
+    is_loader = isinstance(batches, Loader)
+    validator.validation_dataloader = batches if is_loader else Loader(batches)
+    validator.first_batch = None
     validator.metrics_processor = SimpleNamespace(
         ntokens_since_last_log=0, log_validation=lambda **kw: logged.update(kw)
     )
@@ -101,11 +117,17 @@ def test_no_more_batches_than_asked_for():
     assert two == validate(model, [batch(5, 0), batch(5, 1)])
 
 
-def test_a_batch_without_labels_adds_nothing():
+def test_a_batch_without_labels_adds_nothing(caplog):
     model = Decoder()
     alone = validate(model, [batch(5)])
     assert validate(model, [batch(5), batch(0)]) == alone
-    assert validate(model, [batch(0)])["loss"] == 0
+    assert validate(model, [batch(0)]) == {}
+    assert "no token with a label" in caplog.text
+
+
+def test_each_validation_on_all_data_has_all_of_it():
+    model, loader = Decoder(), Loader([batch(5), batch(3)])
+    assert validate(model, loader) == validate(model, loader) != {}
 
 
 def test_a_label_that_is_no_word_is_an_error():

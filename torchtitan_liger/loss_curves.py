@@ -15,7 +15,7 @@ GRAD_NORM = "grad_norm"
 TOKENS_PER_SECOND = "throughput(tps)"
 PEAK_MEMORY_GIB = "memory/max_reserved(GiB)"
 VALIDATION_LOSS = "validation_metrics/loss"
-TERM_PREFIX = "loss_metrics/"
+TERM_PREFIX = "head_loss/"
 
 Curves = dict[str, dict[int, float]]
 """Tag -> step -> value."""

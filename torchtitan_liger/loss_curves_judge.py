@@ -16,7 +16,6 @@ from typing import Literal
 from torchtitan_liger.loss_curves import (
     GRAD_NORM,
     LOSS,
-    TERM_PREFIX,
     Aligned,
     LogFacts,
     Run,
@@ -347,10 +346,6 @@ def notes(runs: Runs) -> list[str]:
         sizes = spread(tag, runs.off, runs.on)
         if unequal := [step for step, size in sizes.items() if size]:
             found.append(f"The {name} of off and on differs at {_listed(unequal)}.")
-    for one, other in ((runs.off, runs.on), (runs.on, runs.off)):
-        for tag in sorted(one.curves.keys() - other.curves.keys()):
-            if tag.startswith(TERM_PREFIX):
-                found.append(f"Only {one.name} has a curve {tag}.")
     return found
 
 

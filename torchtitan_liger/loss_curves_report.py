@@ -73,10 +73,10 @@ def table(runs: Runs) -> list[Row]:
     median after the first tenth of the steps, and for memory the peak.
     """
     both = runs.off.curves.keys() & runs.on.curves.keys()
-    terms = sorted(both - {LOSS, "loss_metrics/global_max_loss"})
     names = {
         LOSS: "loss",
-        **{t: t.removeprefix(TERM_PREFIX) for t in terms if t.startswith(TERM_PREFIX)},
+        # Where both have the head's own losses, and maybe others than cross entropy.
+        **{t: t for t in sorted(both) if t.startswith(TERM_PREFIX)},
         GRAD_NORM: "gradient norm",
         VALIDATION_LOSS: "validation loss (not judged)",
         TOKENS_PER_SECOND: "tokens/s per device (median)",

@@ -223,13 +223,11 @@ class LigerTrainer(Trainer):
         logger.info(f"The LM head holds {plan}")
         budget = settings(self.job_config).logits_memory_mib
         if budget and plan.logits_bytes > budget * MIB:
+            impl = head.head_loss.impl
+            other = "; --liger_kernel.impl chunked has" if impl == "liger" else ""
             logger.warning(
-                f"liger_kernel.logits_memory_mib is {budget}: {head.head_loss.impl} has "
-                "no smaller chunk than this"
-                + (
-                    "; --liger_kernel.impl chunked has"
-                    * (head.head_loss.impl == "liger")
-                )
+                f"liger_kernel.logits_memory_mib is {budget}, but {impl} has no smaller "
+                f"chunk than this{other}"
             )
 
 

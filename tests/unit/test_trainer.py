@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -8,12 +9,16 @@ from torchtitan.train import Trainer
 
 from torchtitan_liger.head_loss import (
     CrossEntropy,
+    HeadLoss,
     HeadLossOptions,
     HeadLossOutput,
     ZLoss,
 )
 from torchtitan_liger.head_loss_plan import HeadLossPlan
 from torchtitan_liger.head_loss_report import HeadLossReport
+from torchtitan_liger.job_config import LigerKernel
+from torchtitan_liger.liger_api import LigerHeadLoss
+from torchtitan_liger.lm_head import LMHead
 from torchtitan_liger.trainer import LigerTrainer
 
 OUTPUT = HeadLossOutput(
@@ -74,3 +79,54 @@ def test_torchtitans_own_loss_has_no_terms_to_log(trainer):
     trainer.head_loss_plan = HeadLossPlan(False, "stock", HeadLossOptions())
     trainer.train_step(iter(()))
     assert trainer.logged == {}
+
+
+def test_torchtitans_own_loss_would_ignore_what_terms_read(trainer):
+    trainer.head_loss_plan = HeadLossPlan(False, "stock", HeadLossOptions())
+    tokens_BL = torch.zeros(1, 8, dtype=torch.long)
+    batch = {"input": tokens_BL, "old_logp": tokens_BL, "advantages": tokens_BL}
+    with pytest.raises(ValueError, match="advantages, old_logp, which .* would ignore"):
+        trainer.forward_backward_step(
+            input_dict=batch, labels=tokens_BL, global_valid_tokens=torch.ones(())
+        )
+
+
+def memory_plan(caplog, head_loss, budget=0, **dims):
+    """What is logged for 8,192 tokens, a width of 256 and 8,192 words."""
+    caplog.set_level(logging.INFO)
+    linear = torch.nn.Linear(256, 8192, bias=False, device="meta")
+    head = LMHead.from_linear(linear)
+    head.head_loss = head_loss
+    trainer = LigerTrainer.__new__(LigerTrainer)
+    trainer.model_parts = [SimpleNamespace(output=head)]
+    trainer.device = torch.device("cpu")
+    trainer.job_config = SimpleNamespace(
+        training=SimpleNamespace(
+            local_batch_size=8,
+            seq_len=1024,
+            mixed_precision_param="bfloat16",
+            dtype="float32",
+        ),
+        liger_kernel=LigerKernel(logits_memory_mib=budget),
+    )
+    degrees = {"cp": 1, "tp": 1, "tp_enabled": False, "fsdp_enabled": False}
+    trainer.parallel_dims = SimpleNamespace(**degrees | dims)
+    trainer._log_memory_plan()
+    return caplog.text
+
+
+@pytest.mark.parametrize(("fsdp", "mib"), [(True, 64), (False, 128)])
+def test_the_memory_plan_is_in_the_jobs_dtype(caplog, fsdp, mib):
+    """torchtitan mixes no precisions under tensor parallelism alone."""
+    dims = {"tp": 2, "tp_enabled": True, "fsdp_enabled": fsdp}
+    text = memory_plan(caplog, HeadLoss(), **dims)
+    assert f"all logits would take {mib}.0 MiB" in text
+    assert "WARNING" not in text
+
+
+def test_a_budget_below_the_smallest_chunk_is_said(caplog):
+    options = HeadLossOptions(logits_memory_mib=1)
+    text = memory_plan(caplog, LigerHeadLoss(options), budget=1)
+    assert "is 1, but liger has no smaller chunk than this; --liger_kernel.impl" in text
+    caplog.clear()
+    assert "WARNING" not in memory_plan(caplog, HeadLoss(options=options), budget=1)

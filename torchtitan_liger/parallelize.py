@@ -92,6 +92,13 @@ def gather_last_norm(model: nn.Module) -> None:
         model.unshard()
 
 
+def shard_last_norm(model: nn.Module) -> None:
+    """Undo `gather_last_norm`: a step that fails may be followed by a checkpoint, which has
+    the optimizer's parameters."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def _parallelize_around_head(
     parallelize_decoder: Callable[..., nn.Module],
     model: nn.Module,

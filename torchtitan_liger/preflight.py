@@ -143,6 +143,9 @@ def check_head(
     replicas = parallel_dims.dp_replicate if not parallel_dims.fsdp_enabled else 1
     fused = fused._replace(d_weight=fused.d_weight * replicas)
 
+    # FSDP keeps a gradient in its parameter's dtype.
+    stock = stock._replace(d_weight=stock.d_weight.to(fused.d_weight.dtype))
+
     errors, bounds = _relative_errors([fused, stock], truth)
     report = PreflightReport(
         layout=_layout(parallel_dims),

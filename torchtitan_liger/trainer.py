@@ -20,7 +20,7 @@ from torchtitan_liger.head_loss.chunking import MIB
 from torchtitan_liger.head_loss_plan import FOR_TERMS, NUM_LABELED, TOKEN_WEIGHTS
 from torchtitan_liger.head_loss_report import HeadLossReport
 from torchtitan_liger.lm_head import LMHead
-from torchtitan_liger.parallelize import early_gather, gather_last_norm
+from torchtitan_liger.parallelize import early_gather, gather_last_norm, shard_last_norm
 from torchtitan_liger.preflight import check_head
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -133,7 +133,11 @@ class LigerTrainer(Trainer):
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """As torchtitan's; logs what the loss consists of where torchtitan logs it."""
         self.head_loss_report.clear()
-        super().train_step(data_iterator)
+        try:
+            super().train_step(data_iterator)
+        except BaseException:
+            shard_last_norm(self.model_parts[0])
+            raise
         if self.head_loss_plan.enabled and self.metrics_processor.should_log(self.step):
             self._log_head_loss()
 
@@ -210,7 +214,8 @@ class LigerTrainer(Trainer):
             logger.info("The LM head holds all logits at one time (reference)")
             return
         precision = training.mixed_precision_param
-        if parallel.tp_enabled and not parallel.fsdp_enabled:
+        off_on_cpu = self.device.type == "cpu" and precision == "float32"
+        if not parallel.fsdp_enabled and (parallel.tp_enabled or off_on_cpu):
             precision = training.dtype  # torchtitan mixes none there
         plan = head.head_loss.plan(
             num_tokens,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -238,8 +239,23 @@ def weights_changed_by_a_data_pipeline() -> dict[str, Any]:
     for trainer.step in (1, 2):
         trainer.train_step(batches)
     factor = matrix.full(model.norm.weight) / before
+
+    def failing(batches: Iterator[matrix.Batch]) -> Iterator[matrix.Batch]:
+        yield from itertools.islice(batches, case.micro_batches - 1)
+        next(batches)
+        assert not isinstance(model.norm.weight, DTensor)
+        raise InterruptedError
+
+    try:
+        trainer.train_step(failing(trainer.batch_generator(pipeline())))
+    except InterruptedError:
+        sharded = isinstance(model.norm.weight, DTensor)
     trainer.close()
-    return {"factor": [factor.min().item(), factor.max().item()], "gathered": gathered}
+    return {
+        "factor": [factor.min().item(), factor.max().item()],
+        "gathered": gathered,
+        "sharded after a failure": sharded,
+    }
 
 
 CHECKS: tuple[Callable[[], Any], ...] = (

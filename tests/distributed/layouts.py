@@ -111,6 +111,9 @@ LAYOUTS = {  # of the checks beside the matrix
     "FSDP2, bf16, reshard always": Case(
         "FSDP2, bf16, reshard always", 2, f"{RESHARD}=always", dtype="bfloat16"
     ),
+    "FSDP2, bf16 parameters": Case(
+        "FSDP2, bf16 parameters", 2, "training.dtype=bfloat16"
+    ),
     "FSDP2, tied": Case("FSDP2, tied", 2, model="qwen3.tiny_tied", stock=False),
     "TP": Case("TP", 2, f"{TP}=2"),
     "DDP": Case("DDP", 2, f"{REPLICATE}=2 {FSDP}=1"),

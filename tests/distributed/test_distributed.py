@@ -163,6 +163,7 @@ def test_the_last_norm_is_gathered_when_a_data_pipeline_has_changed_it(launch):
     assert found["factor"] == [16, 16]  # two steps of two batches
     # Of the second step, by the last batch; the first step's forward pass finds the groups.
     assert found["gathered"] == [False, False, False, True]
+    assert found["sharded after a failure"]
 
 
 @pytest.mark.slow

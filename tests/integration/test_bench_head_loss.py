@@ -144,7 +144,7 @@ def test_what_cannot_be_measured_is_refused(
 def test_a_vocabulary_over_two_processes_is_measured_beside_one(
     bench, mixtures, tmp_path
 ):
-    sizes = ("--tokens=1100", "--dim=16", "--vocab=101", "--ignored=0.05")
+    sizes = ("--tokens=2200", "--dim=16", "--vocab=101", "--ignored=0.05")
     rows, _ = bench("--tp", *sizes)
     names = [mixture.name for mixture in mixtures.MIXTURES]
     assert [row["mixture"] for row in rows] == names
@@ -164,7 +164,7 @@ def test_a_vocabulary_over_two_processes_is_measured_beside_one(
     for single, double in zip(rows[::2], rows[1::2], strict=True):
         assert (single["tp"], single["shards"]) == ("1", "even")
         assert (double["tp"], double["shards"]) == ("2", "uneven")
-        assert (single["chunks"], double["chunks"]) == ("2", "2")
+        assert (single["chunks"], double["chunks"]) == ("3", "3")
         assert single["collectives"] == single["collectives_backward"] == "0"
         # A Jensen-Shannon divergence is known when both softmaxes are: one more.
         per_chunk = 2 if "JSD" in double["mixture"] else 1

@@ -43,15 +43,15 @@ def prepare_argv(argv: Sequence[str]) -> list[str]:
 
     # What the TOML says goes first, so that the user's own arguments win.
     toml = read_toml(argv)[1]
-    assets = _get(toml, "model", "hf_assets_path")
+    assets = value_of(toml, "model", "hf_assets_path")
     if (
         isinstance(assets, str)
         and not os.path.exists(assets)
         and (PACKAGE_PARENT / assets).exists()
     ):
         prepared.insert(0, f"--model.hf_assets_path={PACKAGE_PARENT / assets}")
-    compiled = _get(toml, "training", "compile")
-    if isinstance(compiled, bool) and _get(toml, "compile", "enable") is None:
+    compiled = value_of(toml, "training", "compile")
+    if isinstance(compiled, bool) and value_of(toml, "compile", "enable") is None:
         prepared.insert(0, _switch("--compile.enable", compiled))
     return prepared
 
@@ -61,7 +61,7 @@ def name_config_module(argv: Sequence[str]) -> list[str]:
     option = re.compile(r"--job\.custom[_-]config[_-]module(=|$)")
     if any(option.match(argument) for argument in argv):
         return list(argv)
-    if _get(read_toml(argv)[1], "job", "custom_config_module"):
+    if value_of(read_toml(argv)[1], "job", "custom_config_module"):
         return list(argv)
     return ["--job.custom_config_module=torchtitan_liger.job_config", *argv]
 
@@ -97,6 +97,7 @@ def _switch(flag: str, value: bool) -> str:
     return f"{section}.no-{key}"
 
 
-def _get(toml: Mapping[str, Any], section: str, key: str) -> Any:
+def value_of(toml: Mapping[str, Any], section: str, key: str) -> Any:
+    """What the TOML says; None where it says nothing."""
     values = toml.get(section)
     return values.get(key) if isinstance(values, Mapping) else None

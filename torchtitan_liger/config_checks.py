@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
+from torchtitan_liger.cli import value_of
 from torchtitan_liger.job_config import HeadLoss, LigerKernel
 
 SECTIONS: dict[str, type] = {"liger_kernel": LigerKernel, "head_loss": HeadLoss}
@@ -43,8 +44,7 @@ def check_keys(toml: Mapping[str, Any], path: str) -> None:
             raise ValueError(
                 f"{path}: there is no section [{other}]; did you mean {name}?"
             )
-    training = toml.get("training")
-    compiled = training.get("compile") if isinstance(training, Mapping) else None
+    compiled = value_of(toml, "training", "compile")
     if compiled is not None and type(compiled) is not bool:
         raise ValueError(
             f"{path}: training.compile is {compiled!r}; it must be true or false"

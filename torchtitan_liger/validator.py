@@ -31,7 +31,8 @@ class LigerValidator(Validator):
         super().__init__(job_config, *args, **kwargs)
         self.plan = resolve(job_config)
         # torchtitan's datasets that end stay at their end.
-        self.first_batch = self.validation_dataloader.state_dict()
+        is_whole = job_config.validation.steps == -1
+        self.start = self.validation_dataloader.state_dict() if is_whole else None
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
@@ -44,8 +45,8 @@ class LigerValidator(Validator):
         # Float64 sums: one number for up to billions of tokens.
         totals = torch.zeros(2, dtype=torch.float64, device=device_type)
         most_steps = self.job_config.validation.steps
-        if most_steps == -1:
-            self.validation_dataloader.load_state_dict(self.first_batch)
+        if self.start is not None:
+            self.validation_dataloader.load_state_dict(self.start)
         for num_steps, (input_dict, labels) in enumerate(self.validation_dataloader):
             if num_steps == most_steps:  # -1: all
                 break

@@ -66,7 +66,7 @@ def validate(model, batches, steps=-1, plan=PLAIN):
     validator.job_config = SimpleNamespace(validation=SimpleNamespace(steps=steps))
     is_loader = isinstance(batches, Loader)
     validator.validation_dataloader = batches if is_loader else Loader(batches)
-    validator.first_batch = None
+    validator.start = {}
     validator.metrics_processor = SimpleNamespace(
         ntokens_since_last_log=0, log_validation=lambda **kw: logged.update(kw)
     )

@@ -368,6 +368,6 @@ class HeadLoss:
             budget=budget,
         )
         plan = plan_with(bytes_per_logit=num_bytes)
-        if plan.num_chunks > 1:  # else there is no next product
+        if sharded and plan.num_chunks > 1:  # else there is no next product
             plan = plan_with(bytes_per_logit=num_bytes * num_buffers)
         return plan

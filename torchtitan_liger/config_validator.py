@@ -16,7 +16,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import device_type
 
 from torchtitan_liger import job_config
-from torchtitan_liger.config_checks import check_values
+from torchtitan_liger.config_checks import check_values, keys_of
 from torchtitan_liger.head_loss import HeadLossOptions
 from torchtitan_liger.head_loss_config import changes, terms_and_options
 from torchtitan_liger.head_loss_plan import HeadLossPlan
@@ -341,13 +341,12 @@ def _requested(job: JobConfig) -> HeadLossPlan:
     config, head_loss = settings(job), _head_loss(job)
     check_values(config, "liger_kernel")
     check_values(head_loss, "head_loss")
-    terms, options = terms_and_options(
-        head_loss,
-        HeadLossOptions(
+    with keys_of("liger_kernel"):
+        options = HeadLossOptions(
             acc_dtype=TORCH_DTYPE_MAP[config.acc_dtype],
             logits_memory_mib=config.logits_memory_mib,
-        ),
-    )
+        )
+    terms, options = terms_and_options(head_loss, options)
     if not config.enable_fused_linear_cross_entropy:
         return HeadLossPlan(False, "stock", options)
     return HeadLossPlan(

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from torchtitan_liger import job_config
-from torchtitan_liger.config_checks import without_weight
+from torchtitan_liger.config_checks import keys_of, without_weight
 from torchtitan_liger.head_loss import (
     Collision,
     CrossEntropy,
@@ -42,6 +42,15 @@ TERMS: dict[str, Callable[..., Term]] = {
 }
 """For each table of `job_config.HeadLoss` the term that takes its keys as arguments."""
 
+READ_BY = {
+    "head_loss.policy_gradient.clip_low": ("ppo", "cispo"),
+    "head_loss.policy_gradient.clip_high": ("ppo", "cispo"),
+    "head_loss.policy_gradient.dual_clip": ("ppo",),
+    "head_loss.distillation.beta": ("jsd",),
+    "head_loss.preference.gamma": ("simpo",),
+}
+"""The kinds of a term that read a setting which others do not."""
+
 
 def terms_and_options(
     config: job_config.HeadLoss, options: HeadLossOptions
@@ -54,9 +63,10 @@ def terms_and_options(
     Raises:
         ValueError: for values that contradict each other; the message names the key.
     """
-    options = replace(
-        options, logit_softcap=config.logit_softcap, temperature=config.temperature
-    )
+    with keys_of("head_loss"):
+        options = replace(
+            options, logit_softcap=config.logit_softcap, temperature=config.temperature
+        )
     terms = tuple(
         term for name in TERMS if (term := _term(name, getattr(config, name)))
     )
@@ -75,14 +85,26 @@ def terms_and_options(
 
 
 def _term(name: str, table: Any) -> Term | None:
+    key = f"head_loss.{name}"
+    settings = changes(table, key)
     if table.weight is None:
-        if settings := changes(table, f"head_loss.{name}"):
+        if settings:
             raise without_weight(settings[0], name)
         return None
-    try:
+    if table.weight < 0:
+        raise ValueError(
+            f"{key}.weight must be at least 0 (at 0 the term is only reported), got "
+            f"{table.weight}"
+        )
+    for setting in settings:
+        kinds = READ_BY.get(setting.split(" ")[0])
+        if kinds and table.kind not in kinds:
+            raise ValueError(
+                f"{setting} does nothing with {key}.kind = {table.kind}: leave it out, or "
+                f"choose the kind {' or '.join(kinds)}"
+            )
+    with keys_of(key):
         return TERMS[name](**vars(table))
-    except ValueError as error:
-        raise ValueError(f"head_loss.{name}: {error}") from None
 
 
 def changes(section: Any, name: str) -> list[str]:

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from torchtitan_liger.config_checks import (
-    RANGES,
-    check_keys,
-    check_values,
-    check_weights,
-)
+from torchtitan_liger.config_checks import check_keys, check_values, check_weights
 from torchtitan_liger.job_config import HeadLoss, LigerKernel
 
 
@@ -83,12 +78,11 @@ def test_options_of_a_term_without_a_weight_would_be_ignored():
         ("impl", "ligr", "must be one of 'auto', 'liger', 'chunked', 'reference'"),
         ("fallback", "ignore", "must be one of 'warn', 'error'"),
         ("acc_dtype", "float16", "must be one of 'float32', 'bfloat16'"),
-        ("logits_memory_mib", -1, "must be 0"),
         ("logits_memory_mib", "256", "must be a whole number"),
         ("enable_fused_linear_cross_entropy", "yes", "must be true or false"),
     ],
 )
-def test_values_out_of_range_are_named(field, value, message):
+def test_values_of_another_type_are_named(field, value, message):
     config = LigerKernel()
     setattr(config, field, value)  # as a TOML can
     with pytest.raises(
@@ -100,20 +94,13 @@ def test_values_out_of_range_are_named(field, value, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("temperature", 0, "positive"),
-        ("logit_softcap", -1.0, "0 .off. or positive"),
-        ("z_loss.weight", -1e-4, "at least 0"),
+        ("temperature", "2", "a number"),
         ("z_loss.weight", "1e-4", "a number"),
         ("z_loss.weight", True, "a number"),
         ("z_loss.weight", float("nan"), "a number"),
         ("z_loss.weight", 10**400, "a number"),
         ("cross_entropy.weight", None, "a number"),
-        ("cross_entropy.label_smoothing", 1.0, r"in \[0, 1\)"),
-        ("focal.gamma", -1, "at least 0"),
         ("policy_gradient.kind", "ppoo", "one of 'ppo', 'cispo', 'reinforce'"),
-        ("policy_gradient.clip_low", 2.0, r"in \[0, 1\]"),
-        ("policy_gradient.clip_high", -0.1, "at least 0"),
-        ("policy_gradient.dual_clip", 1.0, "above 1"),
     ],
 )
 def test_values_in_nested_tables_are_named_with_their_table(key, value, message):
@@ -129,9 +116,3 @@ def test_whole_numbers_are_numbers():
     config = HeadLoss(temperature=2)
     config.z_loss.weight = 1
     check_values(config, "head_loss")
-
-
-def test_every_range_belongs_to_a_key():
-    tables = [vars(HeadLoss()), vars(LigerKernel())]
-    tables += [vars(t) for t in vars(HeadLoss()).values() if hasattr(t, "weight")]
-    assert RANGES.keys() <= set().union(*tables)

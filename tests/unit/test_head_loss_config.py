@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args, get_type_hints
 
 import pytest
 from torchtitan.config import ConfigManager
@@ -21,7 +22,7 @@ from torchtitan_liger.head_loss import (
     SelfWeighted,
     ZLoss,
 )
-from torchtitan_liger.head_loss_config import TERMS, changes, terms_and_options
+from torchtitan_liger.head_loss_config import READ_BY, TERMS, changes
 from torchtitan_liger.liger_api import LigerStatus
 
 CPU = Environment("cpu", LigerStatus(True, False, "the kernels need a GPU"))
@@ -160,16 +161,57 @@ def test_a_smoothed_cross_entropy_has_no_perplexity():
     assert not plan.has_perplexity
 
 
-def test_what_a_term_refuses_is_named_with_its_table(monkeypatch):
-    def refuse(**_):
-        raise ValueError("gamma and weight do not fit")
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("liger_kernel.logits_memory_mib", -1, "must be 0 .*got -1"),
+        ("head_loss.temperature", 0, "must be positive, got 0"),
+        ("head_loss.logit_softcap", -1, r"must be 0 \(off\) or positive, got -1"),
+        ("head_loss.z_loss.weight", -1e-4, "must be at least 0 .*got -0.0001"),
+        ("head_loss.cross_entropy.label_smoothing", 1, r"in \[0, 1\), got 1"),
+        ("head_loss.focal.gamma", -1, "must be at least 0, got -1"),
+        ("head_loss.unlikelihood.floor", 1, r"must be in \[0, 1\), got 1"),
+        ("head_loss.policy_gradient.clip_low", 2, r"must be in \[0, 1\] .*got 2"),
+        ("head_loss.policy_gradient.dual_clip", 1, "must be above 1, got 1"),
+        ("head_loss.policy_gradient.importance_cap", 0, "must be positive, got 0"),
+        ("head_loss.distillation.beta", 2, "does nothing with .*choose the kind jsd"),
+        ("head_loss.preference.gamma", 1, "does nothing with .*choose the kind simpo"),
+    ],
+)
+def test_values_out_of_range_are_named(key, value, message):
+    args = [f"--{key}={value}"]
+    table = key.rpartition(".")[0]
+    if table.count(".") and not key.endswith(".weight"):
+        args += [f"--{table}.weight=1"]
+    with pytest.raises(ValueError, match=rf"^{key}.* {message}"):
+        plan_of(*args)
 
-    monkeypatch.setitem(TERMS, "focal", refuse)
-    config = job_config.HeadLoss(focal=job_config.Focal(weight=1.0))
+
+def test_settings_that_another_kind_reads_are_refused():
+    """Nothing would show that they have no effect."""
+    weight = "--head_loss.policy_gradient.weight=1"
+    dual, cispo = (
+        f"--head_loss.policy_gradient.{x}" for x in ("dual_clip=3", "kind=cispo")
+    )
     with pytest.raises(
-        ValueError, match="head_loss.focal: gamma and weight do not fit"
+        ValueError,
+        match="^head_loss.policy_gradient.dual_clip = 3.0 does nothing with .*cispo: .*ppo",
     ):
-        terms_and_options(config, HeadLossOptions())
+        plan_of(weight, dual, cispo)
+    plan_of(weight, dual)
+    plan_of(
+        "--head_loss.distillation.weight=1",
+        "--head_loss.distillation.kind=jsd",
+        "--head_loss.distillation.beta=0.1",
+    )
+
+
+def test_every_setting_of_some_kinds_exists():
+    for key, kinds in READ_BY.items():
+        _, table, name = key.split(".")
+        section = getattr(job_config.HeadLoss(), table)
+        assert hasattr(section, name)
+        assert set(kinds) < set(get_args(get_type_hints(type(section))["kind"]))
 
 
 def test_every_table_has_a_term_of_its_name_with_its_keys():

@@ -93,10 +93,19 @@ def gather_last_norm(model: nn.Module) -> None:
 
 
 def shard_last_norm(model: nn.Module) -> None:
-    """Undo `gather_last_norm`: a step that fails may be followed by a checkpoint, which has
-    the optimizer's parameters."""
+    """Call after a step that failed; undoes `gather_last_norm`.
+
+    A checkpoint may follow, which has the optimizer's parameters. And the group of the
+    whole model is reduced last: what a backward pass that failed has left in the gathered
+    norm, where nobody's `zero_grad` finds it, would be part of the next step.
+    """
     if isinstance(model, FSDPModule):
+        before = list(model.parameters())
         model.reshard()
+        sharded = set(model.parameters())
+        for parameter in before:
+            if parameter not in sharded:
+                parameter.grad = None
 
 
 def _parallelize_around_head(

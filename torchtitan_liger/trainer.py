@@ -136,7 +136,8 @@ class LigerTrainer(Trainer):
         try:
             super().train_step(data_iterator)
         except BaseException:
-            shard_last_norm(self.model_parts[0])
+            if self.head_loss_plan.enabled:
+                shard_last_norm(self.model_parts[0])
             raise
         if self.head_loss_plan.enabled and self.metrics_processor.should_log(self.step):
             self._log_head_loss()

@@ -8,6 +8,7 @@ Each is a function that returns what a test then looks at.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -207,6 +208,48 @@ def two_batches_and_one_backward_pass() -> float:
     return max(relative_error(found[name], expected[name]) for name in expected)
 
 
+def a_backward_pass_that_fails() -> float:
+    """Largest error of the next pass's gradient."""
+    case = LAYOUTS["FSDP2"]
+    trainer = matrix.build_trainer(case, fused=True)
+    (model,) = trainer.model_parts
+    inputs, labels = torch.arange(2 * 16, device=DEVICE).view(2, 1, 16)
+
+    def step() -> None:
+        hidden = model(inputs, return_hidden_states=True)
+        model.output(hidden, labels, normalizer=16).loss.backward()
+
+    def failing(*_: Any, **__: Any) -> torch.Tensor:
+        def fail(grad: torch.Tensor) -> None:
+            raise InterruptedError
+
+        def watch(_module: Any, _args: Any, output: torch.Tensor) -> None:
+            output.register_hook(fail)
+
+        handle = model.layers["0"].register_forward_hook(watch)
+        try:
+            step()
+        finally:
+            handle.remove()
+        raise AssertionError("it did not fail")
+
+    step()
+    expected = matrix.gradients(model, case)
+    model.zero_grad()
+    trainer.forward_backward_step = failing  # type: ignore[method-assign]
+    groups = matrix.data_groups(case)
+    data = matrix.sequences(matrix.VOCABULARY, groups, silent_rank=False)
+    batches = matrix.micro_batches(data, case.micro_batches, dist.get_rank(), groups)
+    with contextlib.suppress(InterruptedError):
+        trainer.train_step(trainer.batch_generator(batches))
+    model.reset_iter_state()
+    model.zero_grad()
+    step()
+    found = matrix.gradients(model, case)
+    trainer.close()
+    return max(relative_error(found[name], expected[name]) for name in expected)
+
+
 def weights_changed_by_a_data_pipeline() -> dict[str, Any]:
     """By which factor the last norm's grew, and whether it was gathered by each batch."""
     case = LAYOUTS["FSDP2"]
@@ -271,6 +314,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     head_that_fsdp_did_not_gather,
     communication,
     two_batches_and_one_backward_pass,
+    a_backward_pass_that_fails,
     weights_changed_by_a_data_pipeline,
     preflight_checks.preflight_passes,
     preflight_checks.preflight_catches,

@@ -167,6 +167,12 @@ def test_the_last_norm_is_gathered_when_a_data_pipeline_has_changed_it(launch):
 
 
 @pytest.mark.slow
+def test_nothing_of_a_backward_pass_that_failed_is_in_the_next_one(launch):
+    error = launch("tests.distributed.checks", 2)[0]["a_backward_pass_that_fails"]
+    assert error < 1e-6
+
+
+@pytest.mark.slow
 def test_tensor_parallelism_has_one_collective_per_chunk(launch):
     counts = launch("tests.distributed.checks", 2)[0]["communication"]["TP"]
     one, four = counts["1"], counts["4"]

@@ -305,6 +305,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     vocabulary_checks.sharded_vocabulary,
     vocabulary_checks.sharded_terms,
     vocabulary_checks.function_over_a_group,
+    vocabulary_checks.resized_weight,
     vocabulary_checks.collectives_of_a_call,
     terms_of_the_batch,
     context_parallel_rows,

@@ -84,6 +84,12 @@ def test_the_function_over_a_group_is_as_on_one_process(launch):
 
 
 @pytest.mark.slow
+def test_a_weight_of_another_size_is_an_error(launch):
+    said = launch("tests.distributed.checks", 2)[0]["resized_weight"]
+    assert said.startswith("the weight had 11 rows")
+
+
+@pytest.mark.slow
 def test_a_chunk_has_one_collective_whatever_the_terms_and_a_jsd_one_more(launch):
     counts = launch("tests.distributed.checks", 2)[0]["collectives_of_a_call"]
     assert counts.pop("mixture, JSD") == {"allgather_": 4, "allreduce_": 4}

@@ -100,6 +100,20 @@ def sharded_terms() -> float:
     return worst.item()
 
 
+def resized_weight() -> str:
+    """What is said of a weight that has another size than at its first call."""
+    group, problem = dist.group.WORLD, Problem(T=4, D=8, V=22)
+    weight = problem.weight[:11].clone()
+    args = problem.hidden, weight, problem.labels
+    linear_cross_entropy(*args, tp_group=group)
+    weight.data = problem.weight[:7].clone()
+    try:
+        linear_cross_entropy(*args, tp_group=group)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
 def function_over_a_group() -> dict[str, float]:
     """Largest errors of `linear_cross_entropy` over a group, by shards and settings."""
     rank, group = dist.get_rank(), dist.group.WORLD

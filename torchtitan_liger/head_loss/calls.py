@@ -56,7 +56,7 @@ def prepare(
     is_wrong = (counted_T ^ valid_T).any()
     scale = _inverse(normalizer, math_dtype, hidden.device)
     return Call(
-        hidden_TD=hidden.reshape(-1, hidden.shape[-1]),
+        hidden_TD=hidden.reshape(labels.numel(), hidden.shape[-1]),
         weight_vD=weight,
         labels_T=torch.where(valid_T, labels_T, ignore_index),
         valid_T=valid_T,
@@ -205,18 +205,20 @@ def check_label_range(labels: torch.Tensor, vocab_size: int, ignore_index: int) 
 
 
 def without_second_derivative(backward: _Backward) -> _Backward:
-    """Mark a backward pass through which nobody can differentiate: to try raises.
+    """A backward pass that refuses `create_graph=True`.
 
-    `once_differentiable` alone would take its results for constants where the incoming
-    gradient is one, as that of the loss itself is.
+    torch's `once_differentiable` raises only where its own node is reached, which it is not
+    from the incoming gradient of a loss, a constant: the second derivative would be zero.
     """
-    once = torch.autograd.function.once_differentiable(backward)
 
     @wraps(backward)
     def wrapped(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = tuple(x.detach().requires_grad_() for x in grads)
-        return once(ctx, *grads)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a head loss has no second derivative: leave out create_graph=True, or "
+                'compute this loss with impl="reference"'
+            )
+        return backward(ctx, *grads)
 
     return cast(_Backward, wrapped)
 

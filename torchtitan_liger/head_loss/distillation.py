@@ -47,6 +47,13 @@ class Teacher:
                 f"{self.logit_softcap}"
             )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the logits."""
+        of_logits = self.weight if self.logits is None else self.logits
+        assert of_logits is not None
+        return of_logits.dtype
+
     def flat(self, leading: torch.Size, num_columns: int) -> Teacher:
         """The same teacher with tokens in one dim.
 

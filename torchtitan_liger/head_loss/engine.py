@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from inspect import signature
 from math import lcm
 from typing import Any, Literal, NamedTuple
 
@@ -104,14 +105,25 @@ class HeadLoss:
         self._recipe = opaque.recipe_of(self.terms, self.options)
         self._metrics = self._recipe.metrics
         inputs = frozenset[str]().union(*(term.inputs for term in self.terms))
+        if taken := inputs & signature(HeadLoss.__call__).parameters.keys():
+            raise ValueError(
+                f"a term reads the input {', '.join(sorted(taken))}, which is an argument "
+                "of every call already: give it another name"
+            )
         self._inputs = sorted(inputs)
         self._needs_teacher = bool(OF_TEACHER & needs_of(self.terms))
         self._sequence_terms = [t for t in self.terms if isinstance(t, SequenceTerm)]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What follows from terms and options is not computed again.
+        if name in vars(self):
+            raise AttributeError(f"a HeadLoss keeps its {name}: make another HeadLoss")
+        super().__setattr__(name, value)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)  # of a copy, which may be in another process
-        self._recipe = opaque.recipe_of(self.terms, self.options)
-        self._metrics = self._recipe.metrics
+        # Of a copy, which may be in another process.
+        recipe = opaque.recipe_of(state["terms"], state["options"])
+        vars(self).update(state, _recipe=recipe, _metrics=recipe.metrics)
 
     def __call__(
         self,
@@ -235,7 +247,7 @@ class HeadLoss:
         rows = {name: masked(x, valid_N) for name, x in rows.items()}
 
         plan, two_phase = self._schedule(
-            labels_N.numel(), weight, call.products_dtype, shard, sequences
+            labels_N.numel(), weight, call.products_dtype, shard, sequences, teacher
         )
         head_call = HeadCall(
             terms=self.terms,
@@ -286,6 +298,7 @@ class HeadLoss:
         dtype: torch.dtype,
         shard: VocabShard | None,
         sequences: Sequences | None,
+        teacher: Teacher | None,
     ) -> tuple[ChunkPlan, bool]:
         """The chunks, and whether all statistics come before any gradient."""
         num_columns = weight.shape[0] if shard is None else shard.widest
@@ -296,6 +309,7 @@ class HeadLoss:
             dtype,
             weight.device.type,
             sharded=shard is not None,
+            teacher_dtype=None if teacher is None else teacher.dtype,
         )
         if sequences is None or plan.num_chunks <= 1:
             return plan, False
@@ -339,8 +353,15 @@ class HeadLoss:
         device_type: str,
         *,
         sharded: bool = False,
+        teacher_dtype: torch.dtype | None = None,
     ) -> ChunkPlan:
-        """How a call with these sizes goes through its logits, and in which memory."""
+        """How a call with these sizes goes through its logits, and in which memory.
+
+        Args:
+            dtype: of the products.
+            sharded: whether there are columns on other ranks.
+            teacher_dtype: of a teacher's logits; None for `dtype`.
+        """
         wide = torch.promote_types(dtype, torch.float32)
         if self.impl == "reference":
             # Beside them autograd keeps the softmax, and needs its gradient.
@@ -357,9 +378,10 @@ class HeadLoss:
         row_bytes = num_columns * num_bytes * num_buffers
         budget = budget_bytes(self.options.logits_memory_mib, device_type, row_bytes)
         if self._needs_teacher:
+            of_teacher = (teacher_dtype or dtype).itemsize
             if not self.options.logits_memory_mib:  # chunks of the same size
-                budget += budget * dtype.itemsize // num_bytes
-            num_bytes += dtype.itemsize
+                budget += budget * of_teacher // num_bytes
+            num_bytes += of_teacher
         plan_with = partial(
             plan_chunks,
             num_tokens,

@@ -105,8 +105,16 @@ def values_of(
     sequences: Sequences | None = None,
 ) -> TermValues:
     """Rows that are not valid count as zero, whatever they hold."""
-    with torch.no_grad():
+    with torch.enable_grad():  # by which a term's own parameters show
         losses = [_loss(term, stats, rows, sequences) for term in terms]
+    for term, loss_C in zip(terms, losses, strict=True):
+        if loss_C.requires_grad:
+            raise ValueError(
+                f"the term {term.name} reads a tensor that requires a gradient, and would "
+                "leave it without one: detach it. Weights of tokens can be learned as "
+                "token_weights"
+            )
+    with torch.no_grad():
         by_row_C = torch.zeros_like(row_weight_C)
         for term, loss_C in zip(terms, losses, strict=True):
             if term.weight:
@@ -195,16 +203,17 @@ def _by_autograd(
 def _loss(
     term: Term, stats: Statistics, rows: Rows, sequences: Sequences | None
 ) -> torch.Tensor:
-    with _explained(term):
+    with _watched(term, stats, rows):
         if isinstance(term, SequenceTerm):
             assert sequences is not None
             loss_C = term.sequence_loss(stats, rows, sequences)
         else:
             loss_C = term.loss(stats, rows)
-    if loss_C.shape != stats.logp.shape:
+    if not isinstance(loss_C, torch.Tensor) or loss_C.shape != stats.logp.shape:
+        got = list(loss_C.shape) if isinstance(loss_C, torch.Tensor) else loss_C
         raise ValueError(
-            f"the term {term.name} must give one loss for each token, "
-            f"{list(stats.logp.shape)}, got {list(loss_C.shape)}"
+            f"the term {term.name} must give one loss for each token, a tensor "
+            f"{list(stats.logp.shape)}, got {got}"
         )
     return loss_C.to(stats.logp.dtype)  # whatever dtype its own numbers have
 
@@ -212,12 +221,12 @@ def _loss(
 def _metrics(
     term: Term, stats: Statistics, rows: Rows, sequences: Sequences | None
 ) -> Sequence[torch.Tensor]:
-    with _explained(term):
+    with _watched(term, stats, rows):
         if isinstance(term, SequenceTerm):
             assert sequences is not None
-            metrics = term.sequence_metrics(stats, rows, sequences)
+            metrics = list(term.sequence_metrics(stats, rows, sequences))
         else:
-            metrics = term.metrics(stats, rows)
+            metrics = list(term.metrics(stats, rows))
     shapes = [list(getattr(x, "shape", ())) for x in metrics]
     if shapes != [list(stats.logp.shape)] * len(term.metric_names):
         raise ValueError(
@@ -228,8 +237,14 @@ def _metrics(
 
 
 @contextmanager
-def _explained(term: Term) -> Iterator[None]:
-    """Says what a term may read when it fails as one does that reads what is not there."""
+def _watched(term: Term, stats: Statistics, rows: Rows) -> Iterator[None]:
+    """Says what a term may read when it fails as one does that reads what is not there;
+    refuses one that changes what others read as well."""
+    read = {
+        name: (x, x._version)
+        for name, x in {**stats._asdict(), **rows}.items()
+        if isinstance(x, torch.Tensor) and not x.is_inference()
+    }
     try:
         yield
     except (AttributeError, KeyError, TypeError) as error:
@@ -239,3 +254,8 @@ def _explained(term: Term) -> Iterator[None]:
             f"there has to be in its `needs` ({needs or 'none'}), and what it reads of "
             f"`rows` in its `inputs` ({inputs or 'none'})"
         ) from error
+    if changed := [name for name, (x, version) in read.items() if x._version > version]:
+        raise ValueError(
+            f"the term {term.name} changes {', '.join(changed)} in place: it has to work on "
+            "a copy"
+        )

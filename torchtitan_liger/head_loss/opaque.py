@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -46,13 +47,23 @@ def recipe_of(terms: tuple[Term, ...], options: HeadLossOptions) -> Recipe:
         number = None
     # A graph may outlive this process in a cache, so the name says what it is.
     name = plain = f"{terms} {options}"
+    others = count(1)
     while (known := _recipes.get(name)) is not None:
         same_hash = number is not None and number == known.number
         if same_hash and known.terms == terms and known.options == options:
             return known
-        name = f"{plain} {len(name)}"  # of terms that look alike
+        name = f"{plain} {next(others)}"  # of terms that look alike
     recipe = Recipe(name, terms, Metrics(terms), options, number)
     _recipes[name] = recipe
+    return recipe
+
+
+def _known_recipe(name: str) -> Recipe:
+    if (recipe := _recipes.get(name)) is None:
+        raise RuntimeError(
+            f"a graph computes {name}, but the HeadLoss that it was made from is gone: keep "
+            "that as long as the graph, or make the same one in this process"
+        )
     return recipe
 
 
@@ -120,7 +131,7 @@ def _head_loss(
     torch.Tensor,
     torch.Tensor,
 ]:
-    recipe = _recipes[recipe_name]
+    recipe = _known_recipe(recipe_name)
     call = HeadCall(
         terms=recipe.terms,
         metrics=recipe.metrics,
@@ -186,7 +197,7 @@ def _(
     need_d_hidden: bool,
     need_d_weight: bool,
 ) -> tuple[torch.Tensor, ...]:
-    recipe = _recipes[recipe_name]
+    recipe = _known_recipe(recipe_name)
     none = hidden_TD.new_empty(0)
     sum_dtype = weight_sum_dtype(
         products_dtype,

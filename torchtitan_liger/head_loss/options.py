@@ -53,6 +53,13 @@ class HeadLossOptions:
                 isinstance(value, int | float) and math.isfinite(value)
             ):
                 raise ValueError(f"{field.name} must be a finite number, got {value}")
+        if (
+            type(self.ignore_index) is not int
+            or not -(2**63) <= self.ignore_index < 2**63
+        ):
+            raise ValueError(
+                f"ignore_index must be an int64, got {self.ignore_index!r}"
+            )
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(
                 f"label_smoothing must be in [0, 1), got {self.label_smoothing}"

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from types import MappingProxyType
 from typing import Literal
 
@@ -71,7 +72,12 @@ class Term:
         return None
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
-        """The loss of each token, [C], before `weight`."""
+        """The loss of each token, [C], before `weight`.
+
+        A chunk's tokens come together, other ones in each pass: a loss that looks at
+        other tokens, as at a mean over them, is a `SequenceTerm`. It may not change what
+        it reads, and has no parameters to learn.
+        """
         raise NotImplementedError
 
     def metrics(self, stats: Statistics, rows: Rows) -> Sequence[torch.Tensor]:
@@ -282,7 +288,11 @@ def check_terms(terms: Sequence[Term]) -> None:
             raise ValueError(
                 f"a head loss is a sum of terms such as CrossEntropy(), got {term!r}"
             )
-    names = [term.name for term in terms]
+        if isinstance(term.needs, str) or isinstance(term.inputs, str):
+            raise ValueError(f"`needs` and `inputs` of {term} must be sets of names")
+    names = [getattr(term, "name", None) for term in terms]
+    if None in names:
+        raise ValueError(f"a term needs a name, got {terms[names.index(None)]!r}")
     if not names:
         raise ValueError("a head loss needs at least one term")
     if len(set(names)) < len(names):
@@ -293,7 +303,7 @@ def check_terms(terms: Sequence[Term]) -> None:
                 f"the term {term.name} needs {', '.join(unknown)}; there are "
                 f"{', '.join(sorted(OPTIONAL))}"
             )
-        if isinstance(term.weight, torch.Tensor) or not math.isfinite(term.weight):
+        if not isinstance(term.weight, Real) or not math.isfinite(term.weight):
             raise ValueError(
                 f"the weight of {term.name} must be a finite number, got {term.weight}"
             )
@@ -302,11 +312,16 @@ def check_terms(terms: Sequence[Term]) -> None:
                 f"the term {term.name} needs logp_k, which is of the row input candidates: "
                 "that has to be in its `inputs`"
             )
-        differentiable = {"logp", "lse"} | term.needs - WITHOUT_GRADIENT
+        if len(set(term.metric_names)) < len(term.metric_names):
+            raise ValueError(
+                f"the metrics of {term.name} need different names, got {term.metric_names}"
+            )
+        # One number for each token each: not those of candidates.
+        differentiable = {"logp", "lse"} | term.needs - WITHOUT_GRADIENT - {"logp_k"}
         if unknown := sorted(set(term.slopes or ()) - differentiable):
             raise ValueError(
                 f"the term {term.name} has slopes by {', '.join(unknown)}, which is not in "
-                "its `needs` or has no gradient"
+                "its `needs`, has no gradient, or is not one number for each token"
             )
     betas = {getattr(term, "jsd_beta", 0.5) for term in terms if "jsd" in term.needs}
     if len(betas) > 1:

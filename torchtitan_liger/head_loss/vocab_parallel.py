@@ -60,7 +60,9 @@ def add_up(shares: torch.Tensor, shard: VocabShard | None) -> torch.Tensor:
     return shares
 
 
-_shards: Any = WeakTensorKeyDictionary()  # of each weight, by group
+_shards: Any = (
+    WeakTensorKeyDictionary()
+)  # of each weight, by group: its size, the shard
 
 
 @torch.compiler.disable(reason="ranks exchange the sizes of their shards")
@@ -68,6 +70,10 @@ def shard_of(weight_vD: torch.Tensor, group: dist.ProcessGroup) -> VocabShard:
     """Which columns the weight holds; a collective, once for each weight.
 
     Not once for each size: ranks may have one in common where others have two.
+
+    Raises:
+        ValueError: for a weight that has another size than at its first call: other ranks
+            would have to know.
     """
     of_weight = _shards.setdefault(weight_vD, {})
     if group not in of_weight:
@@ -75,13 +81,20 @@ def shard_of(weight_vD: torch.Tensor, group: dist.ProcessGroup) -> VocabShard:
         sizes = size.new_empty(dist.get_world_size(group))
         dist.all_gather(list(sizes.split(1)), size, group=group)
         columns = sizes.tolist()
-        of_weight[group] = VocabShard(
+        shard = VocabShard(
             start=sum(columns[: dist.get_rank(group)]),
             vocab_size=sum(columns),
             widest=max(columns),
             group=group,
         )
-    return of_weight[group]
+        of_weight[group] = len(weight_vD), shard
+    num_columns, shard = of_weight[group]
+    if num_columns != len(weight_vD):
+        raise ValueError(
+            f"the weight had {num_columns} rows when it was first used with this tp_group, "
+            f"and has {len(weight_vD)}: give each rank a new tensor instead"
+        )
+    return shard
 
 
 class _Replicated(torch.autograd.Function):

@@ -332,6 +332,5 @@ def test_a_second_derivative_raises():
 
     b = batch()
     loss = compiled(loss_of, backend="eager")(b)
-    (grad,) = torch.autograd.grad(loss, b.hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        (loss + grad.square().sum()).backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, b.hidden, create_graph=True)

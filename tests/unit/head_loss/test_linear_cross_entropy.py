@@ -18,6 +18,7 @@ from torchtitan_liger.head_loss import (
     HeadLoss,
     HeadLossOptions,
     PolicyGradient,
+    Teacher,
     engine,
     linear_cross_entropy,
     passes,
@@ -215,6 +216,27 @@ def test_the_plan_counts_the_teachers_logits():
         )
         assert taught.tokens_per_chunk == plain.tokens_per_chunk
         assert taught.logits_bytes == 2 * plain.logits_bytes
+
+
+def test_logits_of_a_wider_teacher_fit_into_the_budget(monkeypatch):
+    sizes = []
+
+    def matrix(size, like):
+        sizes.append(size[0] * size[1] * like.dtype.itemsize)
+        return like.new_empty(size)
+
+    monkeypatch.setattr(passes, "matrix", matrix)
+    # Four bytes a logit of the student's, since a CPU widens its gradient.
+    hidden, weight = torch.randn(300, 4).bfloat16(), torch.randn(2048, 4).bfloat16()
+    teacher = Teacher(hidden=torch.randn(300, 4), weight=torch.randn(2048, 4))
+    head = HeadLoss([Distillation()], HeadLossOptions(logits_memory_mib=1))
+    labels = torch.zeros(300, dtype=torch.long)
+    head(hidden.requires_grad_(), weight, labels, teacher=teacher)
+    assert sum(sizes) < 2**20
+    plan = head.plan(300, 4, 2048, torch.bfloat16, "cpu", teacher_dtype=torch.float32)
+    of_student, of_teacher = sizes
+    assert of_teacher == 2 * of_student == plan.tokens_per_chunk * 2048 * 4
+    assert plan.logits_bytes == sum(sizes) + 2 * of_student <= 2**20
 
 
 def test_narrow_labels_with_a_far_ignored_index():

@@ -104,5 +104,13 @@ def test_only_terms_that_stay_equal_share_a_recipe():
     heads = [HeadLoss([ZLoss(0.25)], options) for _ in range(2)]
     assert heads[0]._recipe is heads[1]._recipe
     for make in (lambda: Changing(1.0), lambda: WithTensor(torch.ones(3))):
-        heads = [HeadLoss([make()], options) for _ in range(2)]
-        assert heads[0]._recipe.name != heads[1]._recipe.name
+        heads = [HeadLoss([make()], options) for _ in range(12)]
+        assert len({head._recipe.name for head in heads}) == 12
+
+
+def test_a_graph_whose_head_is_gone_says_so():
+    problem = Problem(T=T, D=D, V=V, ignored=0)
+    args = problem.hidden, problem.weight, None, problem.labels, torch.ones(()).double()
+    args = (*args, None, [], "", torch.float64, T, True, "no such head", False, False)
+    with pytest.raises(RuntimeError, match="computes no such head, but the HeadLoss"):
+        opaque._head_loss(*args)

@@ -211,6 +211,28 @@ def test_what_a_second_phase_reads_may_not_change_before(what):
         (lambda: HeadLoss([own(needs={"logp_k"})]), "row input candidates"),
         (lambda: HeadLoss([own(slopes={"entropy": 1.0})]), "slopes by entropy"),
         (lambda: HeadLoss([own(slopes={"max_logp": 1.0})]), "slopes by max_logp"),
+        (
+            lambda: HeadLoss(
+                [
+                    own(
+                        needs={"logp_k"},
+                        inputs={"candidates"},
+                        slopes={"logp_k": 1.0},
+                    )
+                ]
+            ),
+            "slopes by logp_k",
+        ),
+        (lambda: HeadLoss([own(weight="1")]), "must be a finite number, got 1"),
+        (lambda: HeadLoss([own(weight=None)]), "must be a finite number, got None"),
+        (lambda: HeadLoss([own(needs="entropy")]), "must be sets of names"),
+        (lambda: HeadLoss([own(inputs="margin")]), "must be sets of names"),
+        (
+            lambda: HeadLoss([own(inputs={"labels"})]),
+            "reads the input labels, which is",
+        ),
+        (lambda: HeadLoss([own(metric_names=("a", "a"))]), "need different names"),
+        (lambda: HeadLoss([type("Own", (Term,), {"weight": 1.0})()]), "needs a name"),
         (lambda: Focal(float("nan")), "at least 0, got nan"),
         (lambda: Unlikelihood(floor=1.0), r"in \[0, 1\), got 1.0"),
         (lambda: PolicyGradient(dual_clip=float("nan")), "above 1, got nan"),
@@ -356,12 +378,59 @@ class Returns(Term):
 
 @pytest.mark.parametrize(
     ("make", "shape"),
-    [(lambda x: x[:, None], r"\[5, 1\]"), (lambda x: x.sum(), r"\[\]")],
+    [
+        (lambda x: x[:, None], r"\[5, 1\]"),
+        (lambda x: x.sum(), r"\[\]"),
+        (lambda x: 1.0, "1.0"),
+        (lambda x: None, "None"),
+    ],
 )
 def test_a_term_gives_one_loss_for_each_token(make, shape):
     problem = Problem(T=5, D=16, V=101, ignored=0)
     with pytest.raises(ValueError, match=rf"mine must give .*\[5\], got {shape}"):
         HeadLoss([Returns(make)])(problem.hidden, problem.weight, problem.labels)
+
+
+class ReadsMargin(Reads):
+    inputs = frozenset({"margin"})
+
+
+CHANGES = {
+    "logp": lambda s, r: -s.logp.clamp_(min=-0.1),
+    "margin": lambda s, r: -s.logp * r["margin"].mul_(2.0),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("place", ["loss", "metric"])
+def test_a_term_may_not_change_what_others_read(place, weight, changed):
+    problem = Problem(T=5, D=16, V=101, ignored=0)
+    reads = [CHANGES[changed], lambda s, r: s.logp]
+    term = ReadsMargin(*(reads if place == "loss" else reversed(reads)), weight)
+    args = problem.hidden, problem.weight, problem.labels
+    with torch.no_grad(), pytest.raises(ValueError, match=f"mine changes {changed} in"):
+        HeadLoss([CrossEntropy(), term])(*args, margin=torch.ones(5))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_parameter_of_a_term_would_have_no_gradient(weight):
+    problem = Problem(T=5, D=16, V=101, ignored=0)
+    factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+    term = Returns(lambda logp: -factor * logp, weight)
+    with pytest.raises(
+        ValueError, match="mine reads a tensor that requires a gradient"
+    ):
+        HeadLoss([CrossEntropy(), term])(problem.hidden, problem.weight, problem.labels)
+
+
+@pytest.mark.parametrize("name", ["terms", "options", "impl"])
+def test_a_head_does_not_change(name):
+    """It would be another one in a graph than outside."""
+    with pytest.raises(
+        AttributeError, match=f"keeps its {name}: make another HeadLoss"
+    ):
+        setattr(HeadLoss(), name, None)
 
 
 @pytest.mark.parametrize(

@@ -116,9 +116,10 @@ def kept_rows(
         num_labeled = int(valid_T.sum())
     else:
         scale = scale.masked_fill(valid_T.sum() != num_labeled, torch.nan)
-        if not 0 <= num_labeled <= num_tokens:
+        if isinstance(num_labeled, float) or not 0 <= num_labeled <= num_tokens:
             raise ValueError(
-                f"num_labeled must be in [0, {num_tokens}], got {num_labeled}"
+                f"num_labeled must be a whole number in [0, {num_tokens}], got "
+                f"{num_labeled}"
             )
     if num_labeled == num_tokens:
         return None, scale, True

@@ -13,6 +13,7 @@ logits are computed once more in the backward pass. Nothing here waits for a GPU
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,8 @@ class ChunkedHeadLoss(torch.autograd.Function):
         ctx.dtypes = hidden_TD.dtype, weight_vD.dtype
         d_token_weights_N = result.by_row_N if need_d_weights else None
         if ctx.later:
-            ctx.call = call
+            # Terms may change until then: their weights, with a schedule.
+            ctx.call = call._replace(terms=tuple(map(copy, call.terms)))
             # What is read once more may not change until then.
             again = hidden_TD, weight_vD, token_weights_N, *call.read_again()
             ctx.save_for_backward(d_token_weights_N, *again)

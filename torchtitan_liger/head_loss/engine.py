@@ -105,7 +105,7 @@ class HeadLoss:
         self._recipe = opaque.recipe_of(self.terms, self.options)
         self._metrics = self._recipe.metrics
         inputs = frozenset[str]().union(*(term.inputs for term in self.terms))
-        if taken := inputs & signature(HeadLoss.__call__).parameters.keys():
+        if inputs and (taken := inputs & signature(self.__call__).parameters.keys()):
             raise ValueError(
                 f"a term reads the input {', '.join(sorted(taken))}, which is an argument "
                 "of every call already: give it another name"

@@ -77,8 +77,10 @@ def sequences_of(
         return Sequences(ids_T, count, valid_T, tokens_each=length)
     (ids_T,) = per_token({"sequence_ids": sequence_ids}, labels).values()
     check_integers("sequence_ids", ids_T)
-    if num_sequences < 1:
-        raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
+    if isinstance(num_sequences, float) or num_sequences < 1:
+        raise ValueError(
+            f"num_sequences must be a whole number, at least 1, got {num_sequences}"
+        )
     if check_labels and not torch.compiler.is_compiling():
         bad_T = valid_T & ((ids_T < 0) | (ids_T >= num_sequences))
         if bad_T.any():

@@ -19,6 +19,7 @@ from torchtitan_liger.head_loss import (
     HeadLossOptions,
     PolicyGradient,
     Teacher,
+    Term,
     engine,
     linear_cross_entropy,
     passes,
@@ -161,6 +162,25 @@ def test_float16_reads_again_what_it_has_read():
     weights.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_float16_has_the_weights_of_its_forward_pass():
+    class Scheduled(Term):
+        name, weight = "scheduled", 1.0
+
+        def loss(self, stats, rows):
+            return -stats.logp
+
+    problem = Problem(T=9, D=4, V=11, ignored=0)
+    gradients = []
+    for weight_then in (1.0, 10.0):
+        hidden = problem.hidden.half().requires_grad_()
+        term = Scheduled()
+        loss = HeadLoss([term])(hidden, problem.weight.half(), problem.labels).loss
+        term.weight = weight_then
+        loss.backward()
+        gradients.append(hidden.grad)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])

@@ -268,6 +268,10 @@ def test_long_sequences_are_as_exact_in_float32(term):
         ({"sequence_ids": torch.full((27,), -1)}, r"in \[0, 3\) .* got -1"),
         ({"sequence_ids": torch.zeros(27)}, "int64 or int32, got torch.float32"),
         ({"sequence_ids": torch.zeros(27).long(), "num_sequences": 0}, "at least 1"),
+        (
+            {"sequence_ids": torch.zeros(27).long(), "num_sequences": 2.0},
+            "whole number",
+        ),
         ({"sequence_ids": None}, "belong together"),
     ],
 )

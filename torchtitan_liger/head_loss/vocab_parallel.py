@@ -60,9 +60,8 @@ def add_up(shares: torch.Tensor, shard: VocabShard | None) -> torch.Tensor:
     return shares
 
 
-_shards: Any = (
-    WeakTensorKeyDictionary()
-)  # of each weight, by group: its size, the shard
+# Of each weight, by group: how many columns it has, and the shard.
+_shards: Any = WeakTensorKeyDictionary()
 
 
 @torch.compiler.disable(reason="ranks exchange the sizes of their shards")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,14 +14,12 @@ from torchtitan_liger.head_loss import HeadLossOutput
 class _Reduction(NamedTuple):
     over_micro_batches: Callable[..., torch.Tensor]
     over_ranks: dist.ReduceOp.RedOpType
-    of_nothing: float | None = None
-    """What a step without any label has: not worth a log."""
 
 
 _REDUCTIONS = {
     "sum": _Reduction(torch.sum, dist.ReduceOp.SUM),
-    "max": _Reduction(torch.amax, dist.ReduceOp.MAX, -math.inf),
-    "min": _Reduction(torch.amin, dist.ReduceOp.MIN, math.inf),
+    "max": _Reduction(torch.amax, dist.ReduceOp.MAX),
+    "min": _Reduction(torch.amin, dist.ReduceOp.MIN),
 }
 
 
@@ -35,6 +32,7 @@ class HeadLossReport:
 
     def __init__(self) -> None:
         self._parts: list[dict[str, torch.Tensor]] = []
+        self._num_tokens: torch.Tensor | float = 0
         self.weighted = False
         """Whether tokens had weights: terms are then no means over tokens."""
 
@@ -42,18 +40,29 @@ class HeadLossReport:
         self._parts.clear()
         self.weighted = False
 
-    def add(self, output: HeadLossOutput, *, weighted: bool) -> None:
-        """Add a micro-batch. Waits for nothing."""
+    def add(
+        self,
+        output: HeadLossOutput,
+        *,
+        num_tokens: torch.Tensor | float,
+        weighted: bool,
+    ) -> None:
+        """Add a micro-batch. Waits for nothing.
+
+        Args:
+            num_tokens: how many have a label, in the whole step and on all ranks.
+        """
+        self._num_tokens = num_tokens
         self._parts.append({**output.terms, **output.metrics})
         self.weighted |= weighted
 
     def values(self, group: dist.ProcessGroup | None) -> dict[str, float]:
-        """The values over all micro-batches and the ranks of `group`.
+        """The values over all micro-batches and the ranks of `group`; none without a label.
 
         One collective, one more where there are maxima, and one where there are minima.
         """
         found: dict[str, float] = {}
-        names = list(self._parts[0]) if self._parts else []
+        names = list(self._parts[0]) if self._parts and self._num_tokens else []
         for kind, reduction in _REDUCTIONS.items():
             alike = [name for name in names if _kind(name) == kind]
             if not alike:
@@ -64,9 +73,8 @@ class HeadLossReport:
             packed = reduction.over_micro_batches(torch.stack(rows), dim=0)
             if group is not None:
                 dist.all_reduce(packed, reduction.over_ranks, group)
-            values = zip(alike, packed.tolist(), strict=True)
-            found.update((n, v) for n, v in values if v != reduction.of_nothing)
-        return {name: found[name] for name in names if name in found}
+            found.update(zip(alike, packed.tolist(), strict=True))
+        return {name: found[name] for name in names}
 
 
 def _kind(name: str) -> str:

@@ -16,7 +16,7 @@ from torchtitan.protocols import train_spec as torchtitan_specs
 from torchtitan.protocols.model import BaseModelArgs
 
 from torchtitan_liger import validator
-from torchtitan_liger.config_validator import model_args
+from torchtitan_liger.config_validator import FLAG_OFF, model_args
 from torchtitan_liger.data import build_text_dataloader
 from torchtitan_liger.lm_head import LMHead
 from torchtitan_liger.parallelize import parallelize
@@ -102,6 +102,21 @@ def register(name: str) -> None:
     """Have torchtitan build `name` from `train_spec(name)`; a second call does nothing."""
     if name not in torchtitan_specs._extra_train_specs:
         torchtitan_specs.register_train_spec(name, train_spec(name))
+
+
+def check_decoder(name: str) -> None:
+    """
+    Raises:
+        ValueError: for a registered train spec of which the head cannot take the loss.
+    """
+    decoder = torchtitan_specs.get_train_spec(name).model_cls
+    if not issubclass(decoder, ReturnHiddenStates):
+        raise ValueError(
+            f"model.name is {name!r}, whose registered train spec has the model "
+            f"{decoder.__module__}.{decoder.__qualname__}, which gives no hidden states: "
+            "make the spec from that of torchtitan_liger.models.train_spec, or turn the "
+            f"fused loss off ({FLAG_OFF})"
+        )
 
 
 def _build_dataloader(

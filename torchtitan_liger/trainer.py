@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -34,6 +35,8 @@ class LigerTrainer(Trainer):
     """
 
     def __init__(self, job_config: JobConfig) -> None:
+        if module := job_config.experimental.custom_import:
+            importlib.import_module(module)  # may register what follows looks up
         settings(job_config)
         models.register(job_config.model.name)
         model_args(job_config)
@@ -42,6 +45,8 @@ class LigerTrainer(Trainer):
         # Before any model is built.
         self.head_loss_plan = resolve(job_config)
         self.head_loss_report = HeadLossReport()
+        if self.head_loss_plan.enabled:
+            models.check_decoder(job_config.model.name)
         if self.head_loss_plan.warning:
             logger.warning(self.head_loss_plan.warning)
         super().__init__(job_config)
@@ -127,7 +132,9 @@ class LigerTrainer(Trainer):
                 )
             del hidden_BLD
             output.loss.backward()
-        self.head_loss_report.add(output, weighted=TOKEN_WEIGHTS in rows)
+        self.head_loss_report.add(
+            output, num_tokens=global_valid_tokens, weighted=TOKEN_WEIGHTS in rows
+        )
         return output.loss
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
@@ -146,6 +153,8 @@ class LigerTrainer(Trainer):
         mesh = self.parallel_dims.get_optional_mesh("loss")
         group = None if mesh is None else mesh.get_group()
         values = self.head_loss_report.values(group)
+        if not values:
+            return
         if self.head_loss_plan.has_perplexity and not self.head_loss_report.weighted:
             # In torch: Python's own raises where this is infinite.
             nats = torch.tensor(values["cross_entropy"], dtype=torch.float64)

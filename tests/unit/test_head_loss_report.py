@@ -13,10 +13,15 @@ def output(**values):
     return HeadLossOutput(torch.tensor(0.0), {"a": tensors.pop("a")}, tensors)
 
 
+def add(report, weighted=False, num_tokens=5.0, **values):
+    num_tokens = torch.tensor(num_tokens)
+    report.add(output(**values), num_tokens=num_tokens, weighted=weighted)
+
+
 def test_shares_are_summed_and_extremes_are_kept():
     report = HeadLossReport()
-    report.add(output(a=1.0, ratio__max=3.0, ratio__min=0.5, max=0.25), weighted=False)
-    report.add(output(a=2.0, ratio__max=2.0, ratio__min=0.1, max=0.5), weighted=True)
+    add(report, a=1.0, ratio__max=3.0, ratio__min=0.5, max=0.25)
+    add(report, a=2.0, ratio__max=2.0, ratio__min=0.1, max=0.5, weighted=True)
     values = report.values(None)
     # In the order of the terms and metrics; "max" alone is a name like any other.
     assert list(values) == ["a", "ratio/max", "ratio/min", "max"]
@@ -27,18 +32,18 @@ def test_shares_are_summed_and_extremes_are_kept():
     assert report.weighted
 
 
-def test_a_step_without_labels_has_no_extremes_and_an_infinite_loss_stays():
+def test_a_step_without_labels_has_nothing_to_report():
     report = HeadLossReport()
-    report.add(output(a=math.inf, r__max=-math.inf, r__min=math.inf), weighted=False)
-    assert report.values(None) == {"a": math.inf}
+    add(report, a=0.0, r__max=-math.inf, r__min=math.inf, num_tokens=0.0)
+    assert report.values(None) == {}
 
 
 def test_a_new_step_starts_from_nothing():
     report = HeadLossReport()
-    report.add(output(a=1.0), weighted=True)
+    add(report, a=1.0, weighted=True)
     report.clear()
     assert report.values(None) == {}
-    report.add(output(a=4.0), weighted=False)
+    add(report, a=4.0)
     assert report.values(None) == {"a": 4.0}
     assert not report.weighted
 
@@ -51,12 +56,12 @@ def test_one_collective_for_sums_and_one_for_each_kind_of_extreme(monkeypatch):
         lambda packed, op, group: calls.append((len(packed), op, group)),
     )
     report = HeadLossReport()
-    report.add(output(a=1.0, b=2.0, c=3.0), weighted=False)
+    add(report, a=1.0, b=2.0, c=3.0)
     group = object()
     report.values(group)
     ops = torch.distributed.ReduceOp
     assert calls == [(3, ops.SUM, group)]
     report.clear()
-    report.add(output(a=1.0, b__max=2.0, c__max=3.0), weighted=False)
+    add(report, a=1.0, b__max=2.0, c__max=3.0)
     report.values(group)
     assert calls[1:] == [(1, ops.SUM, group), (2, ops.MAX, group)]

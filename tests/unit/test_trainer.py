@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torchtitan.config import ConfigManager
+from torchtitan.protocols import train_spec as torchtitan_specs
 from torchtitan.train import Trainer
 
 from torchtitan_liger.head_loss import (
@@ -34,7 +36,9 @@ def trainer(monkeypatch):
 
     def train_step(self, _):
         for _ in range(2):
-            self.head_loss_report.add(OUTPUT, weighted=self.weighted)
+            self.head_loss_report.add(
+                OUTPUT, num_tokens=self.num_tokens, weighted=self.weighted
+            )
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     trainer = LigerTrainer.__new__(LigerTrainer)
@@ -42,7 +46,7 @@ def trainer(monkeypatch):
         True, "chunked", HeadLossOptions(), (CrossEntropy(), ZLoss(0.0))
     )
     trainer.head_loss_report = HeadLossReport()
-    trainer.weighted = False
+    trainer.num_tokens, trainer.weighted = torch.tensor(8.0), False
     trainer.parallel_dims = SimpleNamespace(get_optional_mesh=lambda _: None)
     trainer.logged = {}
     trainer.metrics_processor = SimpleNamespace(
@@ -72,6 +76,53 @@ def test_weights_of_tokens_leave_no_perplexity(trainer):
     trainer.step, trainer.weighted = 2, True
     trainer.train_step(iter(()))
     assert "head_loss/perplexity" not in trainer.logged[2]
+
+
+def test_a_step_without_labels_logs_nothing(trainer):
+    trainer.step, trainer.num_tokens = 2, torch.tensor(0.0)
+    trainer.train_step(iter(()))
+    assert trainer.logged == {}
+
+
+CUSTOM = """
+from dataclasses import replace
+from torchtitan.models.llama3 import get_train_spec
+from torchtitan.protocols.train_spec import register_train_spec
+from torchtitan_liger.models import train_spec
+
+for name, spec in {"mine": train_spec("llama3"), "plain": get_train_spec()}.items():
+    args = {"small": spec.model_args["debugmodel"]}
+    register_train_spec(name, replace(spec, model_args=args))
+"""
+
+
+def test_a_custom_import_comes_before_what_it_registers_is_looked_up(
+    monkeypatch, tmp_path
+):
+    (tmp_path / "custom_models.py").write_text(CUSTOM)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torchtitan_specs, "_extra_train_specs", {})
+    monkeypatch.setattr(Trainer, "__init__", lambda self, job_config: None)
+    monkeypatch.setattr(LigerTrainer, "_log_memory_plan", lambda self: None)
+
+    def trainer(name, **settings):
+        job = ConfigManager().parse_args(
+            [
+                "--job.custom_config_module=torchtitan_liger.job_config",
+                "--experimental.custom_import=custom_models",
+                f"--model.name={name}",
+                "--model.flavor=small",
+                "--model.hf_assets_path=.",
+            ]
+        )
+        vars(job.liger_kernel).update(settings)
+        return LigerTrainer(job)
+
+    on = {"enable_fused_linear_cross_entropy": True, "impl": "chunked"}
+    assert trainer("mine", **on).head_loss_plan.enabled
+    assert not trainer("plain").head_loss_plan.enabled
+    with pytest.raises(ValueError, match="'plain', .*Transformer, .*models.train_spec"):
+        trainer("plain", **on)
 
 
 def test_torchtitans_own_loss_has_no_terms_to_log(trainer):

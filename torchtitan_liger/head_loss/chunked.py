@@ -13,7 +13,6 @@ logits are computed once more in the backward pass. Nothing here waits for a GPU
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -59,14 +58,14 @@ class ChunkedHeadLoss(torch.autograd.Function):
             call,
             need_d_hidden=now and need_d_hidden,
             need_d_weight=now and need_d_weight,
+            need_partials=call.with_grad and ctx.later,
         )
         ctx.dtypes = hidden_TD.dtype, weight_vD.dtype
         d_token_weights_N = result.by_row_N if need_d_weights else None
         if ctx.later:
-            # Terms may change until then: their weights, with a schedule.
-            ctx.call = call._replace(terms=tuple(map(copy, call.terms)))
-            # What is read once more may not change until then.
-            again = hidden_TD, weight_vD, token_weights_N, *call.read_again()
+            ctx.call, ctx.softmax, ctx.partials = call, result.softmax, result.partials
+            # What the logits are computed from once more may not change until then.
+            again = hidden_TD, weight_vD, *call.read_again()
             ctx.save_for_backward(d_token_weights_N, *again)
         else:
             ctx.save_for_backward(
@@ -83,23 +82,14 @@ class ChunkedHeadLoss(torch.autograd.Function):
         d_token_weights_N, *saved = ctx.saved_tensors
         if d_token_weights_N is not None:
             d_token_weights_N = d_token_weights_N * grad_loss
-        grads = saved
         if ctx.later:
-            hidden_TD, weight_vD, token_weights_N, *_ = saved
-            need_d_hidden, need_d_weight, *_ = ctx.needs_input_grad
-            result = run(
-                hidden_TD,
-                weight_vD,
-                token_weights_N,
-                ctx.call._replace(scale=ctx.call.scale * grad_loss),
-                need_d_hidden=need_d_hidden,
-                need_d_weight=need_d_weight,
-            )
-            grads = [result.d_hidden_TD, result.d_weight_vD]
-            grad_loss = torch.ones_like(grad_loss)  # it is in them
+            hidden_TD, weight_vD, *_ = saved
+            by_N = grad_loss.expand(len(ctx.call.labels_N))
+            grads = _later_gradients(ctx, hidden_TD, weight_vD, by_N)
+            return *grads, d_token_weights_N, None
         scaled = (
             None if grad is None else scale_gradient(grad, grad_loss, dtype)
-            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+            for grad, dtype in zip(saved, ctx.dtypes, strict=True)
         )
         return *scaled, d_token_weights_N, None
 
@@ -137,24 +127,34 @@ class ChunkedTokenLosses(torch.autograd.Function):
     @without_second_derivative
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_TD, weight_vD, *_ = ctx.saved_tensors
-        call = ctx.call
-        need_d_hidden, need_d_weight, _ = ctx.needs_input_grad
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            passes = Passes(
-                hidden_TD,
-                weight_vD,
-                call,
-                need_d_hidden=need_d_hidden,
-                need_d_weight=need_d_weight,
-            )
-            by_N = grad_N.to(call.scale.dtype) * call.scale
-            by_N = torch.where(passes.valid_N, by_N, 0.0)  # NaN times 0 is not 0
-            _second_phase(passes, ctx.softmax, ctx.partials.times(by_N))
-        grads = (
-            None if grad is None else grad.to(x.dtype)
-            for grad, x in zip(passes.totals(), (hidden_TD, weight_vD), strict=True)
+        by_N = grad_N.to(ctx.call.scale.dtype) * ctx.call.scale
+        return *_later_gradients(ctx, hidden_TD, weight_vD, by_N), None
+
+
+def _later_gradients(
+    ctx: Any, hidden_TD: torch.Tensor, weight_vD: torch.Tensor, by_N: torch.Tensor
+) -> Iterator[torch.Tensor | None]:
+    """Of hidden states and weight, in their dtypes, from the logits computed once more.
+
+    Args:
+        ctx: has the `call`, its `softmax`, and the `partials` of a loss.
+        by_N: how often each token's loss counts.
+    """
+    need_d_hidden, need_d_weight, *_ = ctx.needs_input_grad
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        passes = Passes(
+            hidden_TD,
+            weight_vD,
+            ctx.call,
+            need_d_hidden=need_d_hidden,
+            need_d_weight=need_d_weight,
         )
-        return *grads, None
+        by_N = torch.where(passes.valid_N, by_N, 0.0)  # NaN times 0 is not 0
+        _second_phase(passes, ctx.softmax, ctx.partials.times(by_N))
+    return (
+        None if grad is None else grad.to(x.dtype)
+        for grad, x in zip(passes.totals(), (hidden_TD, weight_vD), strict=True)
+    )
 
 
 class Result(NamedTuple):
@@ -162,6 +162,8 @@ class Result(NamedTuple):
     by_row_N: torch.Tensor  # each token's loss before its weight, scaled
     by_term: torch.Tensor  # scaled
     metrics: torch.Tensor  # sums, not scaled
+    softmax: Softmax
+    partials: Partials | None
     d_hidden_TD: torch.Tensor | None
     d_weight_vD: torch.Tensor | None
 
@@ -174,8 +176,10 @@ def run(
     *,
     need_d_hidden: bool,
     need_d_weight: bool,
+    need_partials: bool = False,
 ) -> Result:
-    """Everything about a call in one go."""
+    """Everything about a call in one go; or, with `need_partials` instead of gradients,
+    what they are made of."""
     one = torch.ones_like(call.scale)
     row_weight_N = one.expand(len(call.labels_N))
     if token_weights_N is not None:
@@ -195,14 +199,14 @@ def run(
         parts = []
         if with_grad and _at_once(call):
             for rows in call.chunks():
-                partials = _partials(passes, None, rows, weight_N)
-                parts.append(passes.gradients_at_once(passes.logits(rows), partials))
+                by = _partials(passes, None, rows, weight_N)
+                parts.append(passes.gradients_at_once(passes.logits(rows), by))
         else:
             for rows, softmax, chunk in _one_by_one(passes):
                 parts.append(softmax)
                 if with_grad and not call.two_phase:
-                    by = _coefficients(passes, softmax, rows, weight_N)
-                    passes.gradients(chunk, by)
+                    coefficients = _coefficients(passes, softmax, rows, weight_N)
+                    passes.gradients(chunk, coefficients)
         softmax = Softmax.together(parts)
         # What is only reported comes last, for all tokens at once.
         statistics, valid_N = passes.statistics(softmax), passes.valid_N
@@ -210,18 +214,27 @@ def run(
             call.terms, statistics, call.rows, weight_N, valid_N, call.sequences
         )
         metrics = call.metrics.of_rows(
-            call.terms, statistics, call.rows, valid_N, call.sequences
+            call.terms,
+            statistics,
+            call.rows,
+            softmax.label_is_largest,
+            valid_N,
+            call.sequences,
         )
-        if with_grad and call.two_phase:
+        partials = None
+        if need_partials or (with_grad and call.two_phase):
             partials = partials_of(
                 call.terms, statistics, call.rows, weight_N, valid_N, call.sequences
             )
-            _second_phase(passes, softmax, partials)
+            if with_grad:
+                _second_phase(passes, softmax, partials)
     return Result(
         (values.by_row * row_weight_N).sum() * call.scale,
         values.by_row * call.scale,
         values.by_term,
         metrics,
+        softmax,
+        partials,
         *passes.totals(),
     )
 

@@ -55,7 +55,8 @@ class HeadLossOutput(NamedTuple):
     """Each term before its weight, divided by the normalizer: loss = sum(weight * term).
     Empty with reduction "none"."""
     metrics: dict[str, torch.Tensor]
-    """What the statistics give for nothing: `accuracy`, `max_prob`, `entropy` if a term
+    """What the statistics give for nothing: `accuracy` (of a token 1 if no logit is larger
+    than the label's, so also for one of several largest), `max_prob`, `entropy` if a term
     needs it, and what the terms report as `term/metric`; divided by the normalizer, but
     for those that end in "/max" or "/min". Only from impl "chunked"."""
 

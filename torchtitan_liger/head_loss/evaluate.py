@@ -43,11 +43,15 @@ class Metrics:
         terms: Sequence[Term],
         stats: Statistics,
         rows: Rows,
+        right_C: torch.Tensor,
         valid_C: torch.Tensor,
         sequences: Sequences | None = None,
     ) -> torch.Tensor:
-        """[M] over the tokens with a label. Of "/min" it is the negative's maximum."""
-        right_C = stats.logp >= stats.max_logp  # the label's logit is the largest one
+        """[M] over the tokens with a label. Of "/min" it is the negative's maximum.
+
+        Args:
+            right_C: whether no logit is larger than the label's.
+        """
         values = [right_C, stats.max_logp.exp()]
         if self._entropy:
             assert stats.entropy is not None
@@ -177,7 +181,10 @@ def _by_autograd(
     valid_C: torch.Tensor,
     sequences: Sequences | None,
 ) -> dict[str, torch.Tensor]:
-    with torch.enable_grad():
+    # Who saves tensors elsewhere, or computes them again, as activation checkpointing does,
+    # means those of the backward pass. These are read at once.
+    hooks = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+    with torch.enable_grad(), hooks:
         leaves: dict[str, Any] = {
             name: value.detach().requires_grad_(name not in WITHOUT_GRADIENT)
             for name, value in stats._asdict().items()
@@ -198,6 +205,10 @@ def _by_autograd(
         for name, grad in zip(wanted, grads, strict=True)
         if grad is not None
     }
+
+
+def _itself(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def _loss(

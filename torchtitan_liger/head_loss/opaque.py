@@ -70,7 +70,10 @@ def _known_recipe(name: str) -> Recipe:
 def fits(call: HeadCall) -> bool:
     """Whether a graph can hold the call; other calls break the graph."""
     is_whole = call.shard is None and call.teacher is None and call.sequences is None
-    return is_whole and call.products_dtype != torch.float16  # not all in one go
+    in_one_go = is_whole and call.products_dtype != torch.float16
+    # A graph would take the operation's forward-mode derivative to be zero. An autograd
+    # function says that it has none.
+    return in_one_go and torch.autograd.forward_ad._current_level < 0
 
 
 def apply(

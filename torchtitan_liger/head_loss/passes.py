@@ -115,6 +115,11 @@ class Softmax(NamedTuple):
             mixture = Mixture(*map(torch.cat, zip(*mixtures, strict=True)))
         return Softmax(sums, mixture)
 
+    @property
+    def label_is_largest(self) -> torch.Tensor:
+        """[C] whether no logit is larger; from the logits, of which logarithms round."""
+        return self.sums["label_logit"] >= self.sums["max"]
+
 
 class Passes:
     """One call's buffers and gradients. Call under `no_grad` and without autocast."""

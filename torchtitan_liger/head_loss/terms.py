@@ -75,8 +75,9 @@ class Term:
         """The loss of each token, [C], before `weight`.
 
         A chunk's tokens come together, other ones in each pass: a loss that looks at
-        other tokens, as at a mean over them, is a `SequenceTerm`. It may not change what
-        it reads, and has no parameters to learn.
+        other tokens, as at a mean over them, is a `SequenceTerm`. It is asked several
+        times, and has to give the same each time; it may not change what it reads, and
+        has no parameters to learn.
         """
         raise NotImplementedError
 
@@ -312,10 +313,6 @@ def check_terms(terms: Sequence[Term]) -> None:
                 f"the term {term.name} needs logp_k, which is of the row input candidates: "
                 "that has to be in its `inputs`"
             )
-        if len(set(term.metric_names)) < len(term.metric_names):
-            raise ValueError(
-                f"the metrics of {term.name} need different names, got {term.metric_names}"
-            )
         # One number for each token each: not those of candidates.
         differentiable = {"logp", "lse"} | term.needs - WITHOUT_GRADIENT - {"logp_k"}
         if unknown := sorted(set(term.slopes or ()) - differentiable):
@@ -323,6 +320,9 @@ def check_terms(terms: Sequence[Term]) -> None:
                 f"the term {term.name} has slopes by {', '.join(unknown)}, which is not in "
                 "its `needs`, has no gradient, or is not one number for each token"
             )
+    metrics = [f"{term.name}/{name}" for term in terms for name in term.metric_names]
+    if len(set(metrics)) < len(metrics):
+        raise ValueError(f"a head loss needs metrics of different names, got {metrics}")
     betas = {getattr(term, "jsd_beta", 0.5) for term in terms if "jsd" in term.needs}
     if len(betas) > 1:
         raise ValueError(f"a head loss has one beta for its JSD, got {sorted(betas)}")

@@ -7,12 +7,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import Problem, full_logits, relative_error
 from torchtitan_liger.head_loss import (
     HeadLoss,
     HeadLossOptions,
     Teacher,
+    chunking,
     linear_cross_entropy,
 )
 
@@ -253,6 +255,33 @@ def test_a_second_derivative_is_an_error_and_not_zero(reduction):
         torch.autograd.grad(loss_of(weight), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.functional.vhp(loss_of, weight.detach(), problem.weight)
+
+
+def test_a_checkpoint_computes_its_region_again_in_the_backward_pass_alone():
+    problem = Problem()
+    calls = []
+
+    def region(hidden):
+        calls.append(torch._C._current_graph_task_id() != -1)  # in a backward pass
+        # Derivatives that are no constants, in four chunks.
+        args = hidden.tanh(), problem.weight, problem.labels
+        options = HeadLossOptions(z_loss=0.1, logits_memory_mib=1)
+        return HeadLoss(options=options)(*args).loss
+
+    gradients = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunking, "MIB", problem.weight.shape[0] * 8 * 64)
+        for again in (False, True):
+            hidden = problem.hidden.clone().requires_grad_()
+            loss = (
+                checkpoint(region, hidden, use_reentrant=False)
+                if again
+                else region(hidden)
+            )
+            loss.backward()
+            gradients.append(hidden.grad)
+    assert calls == [False, False, True]
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

@@ -324,6 +324,20 @@ def test_the_operation_keeps_the_rules_of_operations(chunks):
         torch.library.opcheck(real, tuple(leaves))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own
+def test_a_forward_mode_derivative_raises_and_is_not_zero():
+    b = batch()
+
+    def derivative(weight: torch.Tensor) -> torch.Tensor:
+        def loss_of(weight: torch.Tensor) -> torch.Tensor:
+            return linear_cross_entropy(b.hidden, weight, b.labels)
+
+        return torch.func.jvp(loss_of, (weight,), (weight,))[1]
+
+    with pytest.raises(RuntimeError, match="autograd.Function with functorch"):
+        compiled(derivative, backend="aot_eager", fullgraph=False)(b.weight.detach())
+
+
 def test_a_second_derivative_raises():
     """A backend without gradients of its own leaves them to the operation."""
 

@@ -159,25 +159,36 @@ def test_float16_reads_again_what_it_has_read():
     first = hidden.grad.clone()
     loss.backward(retain_graph=True)
     assert torch.equal(hidden.grad, 2 * first)
-    weights.zero_()
+    weights.zero_()  # has been read already
+    loss.backward(retain_graph=True)
+    assert torch.equal(hidden.grad, 3 * first)
+    weight.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_float16_has_the_weights_of_its_forward_pass():
+def test_float16_has_the_terms_of_its_forward_pass():
     class Scheduled(Term):
-        name, weight = "scheduled", 1.0
+        name = "scheduled"
+
+        def __init__(self, schedule):
+            self.schedule = schedule
+
+        @property
+        def weight(self):
+            return self.schedule["weight"]
 
         def loss(self, stats, rows):
-            return -stats.logp
+            return -stats.logp * self.schedule["factor"]
 
     problem = Problem(T=9, D=4, V=11, ignored=0)
     gradients = []
-    for weight_then in (1.0, 10.0):
+    for then in (1.0, 10.0):
         hidden = problem.hidden.half().requires_grad_()
-        term = Scheduled()
-        loss = HeadLoss([term])(hidden, problem.weight.half(), problem.labels).loss
-        term.weight = weight_then
+        schedule = {"weight": 1.0, "factor": 1.0}
+        head = HeadLoss([Scheduled(schedule)])
+        loss = head(hidden, problem.weight.half(), problem.labels).loss
+        schedule.update(weight=then, factor=then)
         loss.backward()
         gradients.append(hidden.grad)
     assert torch.equal(*gradients)

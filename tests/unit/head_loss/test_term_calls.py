@@ -77,6 +77,14 @@ def test_terms_and_metrics_are_what_full_logits_give():
     assert plain.metrics.keys() == {"accuracy", "max_prob"}
 
 
+def test_a_label_is_right_where_no_logit_is_larger():
+    # Of these logits no logarithm of a softmax differs.
+    weight = torch.tensor([[2e-9], [1e-9], [2e-9], [-1e-9]])
+    labels = torch.tensor([0, 1, 2, 3])
+    out = HeadLoss()(torch.ones(4, 1), weight, labels)
+    assert out.metrics["accuracy"].item() == 2
+
+
 def test_a_term_of_weight_0_reports_and_leaves_the_gradients_alone():
     problem = Problem()
     head = HeadLoss([CrossEntropy(), ZLoss(0.0)])
@@ -231,7 +239,16 @@ def test_what_a_second_phase_reads_may_not_change_before(what):
             lambda: HeadLoss([own(inputs={"labels"})]),
             "reads the input labels, which is",
         ),
-        (lambda: HeadLoss([own(metric_names=("a", "a"))]), "need different names"),
+        (lambda: HeadLoss([own(metric_names=("a", "a"))]), "metrics of different"),
+        (
+            lambda: HeadLoss(
+                [
+                    own(metric_names=("a/b",)),
+                    own(name="own/a", metric_names=("b",)),
+                ]
+            ),
+            "metrics of different names",
+        ),
         (lambda: HeadLoss([type("Own", (Term,), {"weight": 1.0})()]), "needs a name"),
         (lambda: Focal(float("nan")), "at least 0, got nan"),
         (lambda: Unlikelihood(floor=1.0), r"in \[0, 1\), got 1.0"),

@@ -29,7 +29,6 @@ from torchtitan_liger.head_loss.statistics import (
     Partials,
     Statistics,
 )
-from torchtitan_liger.head_loss.terms import needs_of
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
@@ -48,6 +47,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
         token_weights_N: torch.Tensor | None,
         call: HeadCall,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        call = call.of_this_moment()
         need_d_hidden, need_d_weight, need_d_weights, _ = ctx.needs_input_grad
         ctx.later = call.products_dtype == torch.float16
         now = call.with_grad and not ctx.later
@@ -105,6 +105,7 @@ class ChunkedTokenLosses(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TD: torch.Tensor, weight_vD: torch.Tensor, call: HeadCall
     ) -> torch.Tensor:
+        call = call.of_this_moment()
         with torch.autocast(hidden_TD.device.type, enabled=False):
             passes = Passes(
                 hidden_TD, weight_vD, call, need_d_hidden=False, need_d_weight=False
@@ -268,7 +269,7 @@ def _at_once(call: HeadCall) -> bool:
         call.shard is None
         and not call.two_phase
         and _slopes_are_constant(call)
-        and AT_ONCE.issuperset(read | needs_of(call.terms))
+        and AT_ONCE.issuperset(read | call.needs)
     )
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -181,10 +181,7 @@ def _by_autograd(
     valid_C: torch.Tensor,
     sequences: Sequences | None,
 ) -> dict[str, torch.Tensor]:
-    # Who saves tensors elsewhere, or computes them again, as activation checkpointing does,
-    # means those of the backward pass. These are read at once.
-    hooks = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
-    with torch.enable_grad(), hooks:
+    with torch.enable_grad(), _callers_hooks_left_out():
         leaves: dict[str, Any] = {
             name: value.detach().requires_grad_(name not in WITHOUT_GRADIENT)
             for name, value in stats._asdict().items()
@@ -207,8 +204,26 @@ def _by_autograd(
     }
 
 
-def _itself(x: torch.Tensor) -> torch.Tensor:
-    return x
+def _callers_hooks_left_out() -> AbstractContextManager[None]:
+    """Who saves tensors elsewhere, or computes them again, as activation checkpointing does,
+    means those of the backward pass. What is saved here is read at once."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return nullcontext()  # there are none
+
+    # Under hooks, autograd leaves its check to them.
+    def pack(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return x, x._version
+
+    def unpack(packed: tuple[torch.Tensor, int]) -> torch.Tensor:
+        x, version = packed
+        if x._version != version:
+            raise RuntimeError(
+                "a term has changed in place what its gradient needs: it has to work on a "
+                "copy"
+            )
+        return x
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _loss(

@@ -151,7 +151,7 @@ def _head_loss(
         tokens_per_chunk=tokens_per_chunk,
         shard=None,
         with_grad=need_d_hidden or need_d_weight,
-    )
+    ).of_this_moment()
     with _autograd():
         result = run(
             hidden_TD,

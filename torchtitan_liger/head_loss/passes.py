@@ -47,7 +47,7 @@ from torchtitan_liger.head_loss.statistics import (
     unpack,
 )
 from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
-from torchtitan_liger.head_loss.terms import Rows, Term, needs_of
+from torchtitan_liger.head_loss.terms import Rows, Term, jsd_beta_of, needs_of
 from torchtitan_liger.head_loss.vocab_parallel import VocabShard, add_up, exchange
 
 
@@ -69,6 +69,13 @@ class HeadCall(NamedTuple):
     tokens_per_chunk: int
     shard: VocabShard | None
     with_grad: bool
+    needs: frozenset[str] = frozenset()
+    jsd_beta: float = 0.5
+
+    def of_this_moment(self) -> HeadCall:
+        """With what the terms ask for now: they may change before a backward pass."""
+        needs, jsd_beta = needs_of(self.terms), jsd_beta_of(self.terms)
+        return self._replace(needs=needs, jsd_beta=jsd_beta)
 
     def chunks(self) -> list[slice]:
         """At least one, which may be empty."""
@@ -152,15 +159,13 @@ class Passes:
         self._column_N = torch.where(self.valid_N, call.labels_N, -1)
         if shard is not None:
             self._column_N = local(self._column_N)
-        self._needs = needs = needs_of(call.terms)
+        self._needs = needs = call.needs
         self._candidates_NK: torch.Tensor | None = None
         if "logp_k" in needs:
             self._candidates_NK = local(call.rows["candidates"]).contiguous()
         self._names = sums_for(needs)
         self._has_teacher = bool(OF_TEACHER.intersection(needs))
-        self._jsd_beta = next(
-            (getattr(t, "jsd_beta", 0.5) for t in call.terms if "jsd" in t.needs), 0.5
-        )
+        self._jsd_beta = call.jsd_beta
 
         # While a chunk's sums travel, the next one's logits are computed.
         num_chunks = len(call.chunks())

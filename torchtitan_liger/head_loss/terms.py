@@ -277,6 +277,11 @@ def needs_of(terms: Sequence[Term]) -> frozenset[str]:
     return frozenset[str]().union(*(term.needs for term in terms))
 
 
+def jsd_beta_of(terms: Sequence[Term]) -> float:
+    """The teacher's share of the mixture, the same for all terms that read a JSD."""
+    return next((getattr(t, "jsd_beta", 0.5) for t in terms if "jsd" in t.needs), 0.5)
+
+
 def check_terms(terms: Sequence[Term]) -> None:
     """
     Raises:

@@ -284,6 +284,15 @@ def test_a_checkpoint_computes_its_region_again_in_the_backward_pass_alone():
     assert torch.equal(*gradients)
 
 
+def test_a_loss_needs_no_hooks_of_saved_tensors():
+    problem = Problem()
+    options = HeadLossOptions(z_loss=0.1)
+    plain = problem.run(lambda *args: HeadLoss(options=options)(*args).loss)
+    with torch.autograd.graph.disable_saved_tensors_hooks("there are none here"):
+        ours = problem.run(lambda *args: HeadLoss(options=options)(*args).loss)
+    assert torch.equal(ours.d_weight, plain.d_weight)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("counted", [0, 50, 257])
 @pytest.mark.parametrize("impl", ["chunked", "reference"])

@@ -167,7 +167,9 @@ def test_float16_reads_again_what_it_has_read():
         loss.backward()
 
 
-def test_float16_has_the_terms_of_its_forward_pass():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_gradients_are_of_the_terms_of_the_forward_pass(reduction, dtype):
     class Scheduled(Term):
         name = "scheduled"
 
@@ -178,17 +180,28 @@ def test_float16_has_the_terms_of_its_forward_pass():
         def weight(self):
             return self.schedule["weight"]
 
+        @property
+        def needs(self):
+            return frozenset({"jsd", "entropy"} if self.weight else {"jsd"})
+
+        @property
+        def jsd_beta(self):
+            return self.schedule["beta"]
+
         def loss(self, stats, rows):
-            return -stats.logp * self.schedule["factor"]
+            loss = stats.jsd - stats.logp * self.schedule["factor"]
+            return loss - stats.entropy if self.weight else loss
 
     problem = Problem(T=9, D=4, V=11, ignored=0)
+    teacher = Teacher(logits=torch.randn(9, 11, generator=torch.Generator()))
     gradients = []
-    for then in (1.0, 10.0):
-        hidden = problem.hidden.half().requires_grad_()
-        schedule = {"weight": 1.0, "factor": 1.0}
+    for then in ({}, {"weight": 0.0, "factor": 10.0, "beta": 0.1}):
+        hidden = problem.hidden.to(dtype).requires_grad_()
+        schedule = {"weight": 1.0, "factor": 1.0, "beta": 0.5}
         head = HeadLoss([Scheduled(schedule)])
-        loss = head(hidden, problem.weight.half(), problem.labels).loss
-        schedule.update(weight=then, factor=then)
+        args = hidden, problem.weight.to(dtype), problem.labels
+        loss = head(*args, teacher=teacher, reduction=reduction).loss.sum()
+        schedule.update(then)
         loss.backward()
         gradients.append(hidden.grad)
     assert torch.equal(*gradients)

@@ -430,6 +430,14 @@ def test_a_term_may_not_change_what_others_read(place, weight, changed):
         HeadLoss([CrossEntropy(), term])(*args, margin=torch.ones(5))
 
 
+def test_a_term_may_not_change_what_its_gradient_needs():
+    problem = Problem(T=5, D=16, V=101, ignored=0)
+    term = Returns(lambda logp: logp.exp().add_(1.0))
+    weight = problem.weight.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="changed in place what its gradient needs"):
+        HeadLoss([term])(problem.hidden, weight, problem.labels)
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_a_parameter_of_a_term_would_have_no_gradient(weight):
     problem = Problem(T=5, D=16, V=101, ignored=0)

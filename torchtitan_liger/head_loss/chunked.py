@@ -60,7 +60,6 @@ class ChunkedHeadLoss(torch.autograd.Function):
             need_d_weight=now and need_d_weight,
             need_partials=call.with_grad and ctx.later,
         )
-        ctx.dtypes = hidden_TD.dtype, weight_vD.dtype
         d_token_weights_N = result.by_row_N if need_d_weights else None
         if ctx.later:
             ctx.call, ctx.softmax, ctx.partials = call, result.softmax, result.partials
@@ -68,6 +67,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
             again = hidden_TD, weight_vD, *call.read_again()
             ctx.save_for_backward(d_token_weights_N, *again)
         else:
+            ctx.dtypes = hidden_TD.dtype, weight_vD.dtype
             ctx.save_for_backward(
                 d_token_weights_N, result.d_hidden_TD, result.d_weight_vD
             )

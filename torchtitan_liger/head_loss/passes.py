@@ -159,13 +159,11 @@ class Passes:
         self._column_N = torch.where(self.valid_N, call.labels_N, -1)
         if shard is not None:
             self._column_N = local(self._column_N)
-        self._needs = needs = call.needs
         self._candidates_NK: torch.Tensor | None = None
-        if "logp_k" in needs:
+        if "logp_k" in call.needs:
             self._candidates_NK = local(call.rows["candidates"]).contiguous()
-        self._names = sums_for(needs)
-        self._has_teacher = bool(OF_TEACHER.intersection(needs))
-        self._jsd_beta = call.jsd_beta
+        self._names = sums_for(call.needs)
+        self._has_teacher = bool(OF_TEACHER.intersection(call.needs))
 
         # While a chunk's sums travel, the next one's logits are computed.
         num_chunks = len(call.chunks())
@@ -271,10 +269,14 @@ class Passes:
     def softmax(self, chunk: Chunk, wait: Callable[[], Sums]) -> Softmax:
         """The sums over all columns."""
         sums, mixture = wait(), None
-        if "jsd" in self._needs:
+        if "jsd" in self.call.needs:
             assert chunk.teacher is not None
             shares_2C = self._sweeps.mixture_sweep(
-                chunk.logits_Cv, self._transform, chunk.teacher, sums, self._jsd_beta
+                chunk.logits_Cv,
+                self._transform,
+                chunk.teacher,
+                sums,
+                self.call.jsd_beta,
             )
             mixture = Mixture(*add_up(shares_2C, self.call.shard))
         return Softmax(sums, mixture)
@@ -282,7 +284,7 @@ class Passes:
     def statistics(self, softmax: Softmax) -> Statistics:
         sums, mixture = softmax
         return statistics_of(
-            sums, self._needs, self._vocab_size, mixture, self._jsd_beta
+            sums, self.call.needs, self._vocab_size, mixture, self.call.jsd_beta
         )
 
     def coefficients(
@@ -296,7 +298,7 @@ class Passes:
             statistics = self.statistics(softmax)
         sums, mixture = softmax
         return coefficients_of(
-            partials, statistics, sums, self._vocab_size, mixture, self._jsd_beta
+            partials, statistics, sums, self._vocab_size, mixture, self.call.jsd_beta
         )
 
     def gradients(self, chunk: Chunk, coefficients: Coefficients) -> None:
@@ -308,7 +310,7 @@ class Passes:
             coefficients,
             candidates_CK=self._candidates(chunk),
             teacher=chunk.teacher,
-            jsd_beta=self._jsd_beta,
+            jsd_beta=self.call.jsd_beta,
         )
         self._products(chunk)
 

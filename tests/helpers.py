@@ -26,6 +26,7 @@ from torchtitan_liger.head_loss import (
     vocab_parallel,
 )
 from torchtitan_liger.head_loss.reference import reference_head_loss
+from torchtitan_liger.head_loss.terms import plain_terms
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAG = "--liger_kernel.enable_fused_linear_cross_entropy"
@@ -115,19 +116,34 @@ def waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def full_logits(options: HeadLossOptions) -> Callable[..., torch.Tensor]:
+def full_logits(
+    label_smoothing: float = 0.0, z_loss: float = 0.0, **options: Any
+) -> Callable[..., torch.Tensor]:
     """The loss by full logits and autograd, as stock training computes it."""
 
     def loss_of(
         hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
-        terms = reference_head_loss(hidden, weight, labels, options)
+        terms = reference_head_loss(
+            hidden, weight, labels, HeadLossOptions(**options), label_smoothing, z_loss
+        )
         loss = terms["cross_entropy"].sum()
-        if options.z_loss:
-            loss = loss + options.z_loss * terms["z_loss"].sum()
+        if z_loss:
+            loss = loss + z_loss * terms["z_loss"].sum()
         return loss
 
     return loss_of
+
+
+def plain_head(
+    kind: type = HeadLoss,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    **options: Any,
+) -> Any:
+    """A `HeadLoss`, or another `kind`, with the settings of `full_logits`."""
+    return kind(plain_terms(label_smoothing, z_loss), HeadLossOptions(**options))
 
 
 def read_by(head: HeadLoss, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

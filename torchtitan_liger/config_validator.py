@@ -18,6 +18,7 @@ from torchtitan.tools.utils import device_type
 from torchtitan_liger import job_config
 from torchtitan_liger.config_checks import check_values, keys_of
 from torchtitan_liger.head_loss import HeadLossOptions
+from torchtitan_liger.head_loss.terms import plain_of
 from torchtitan_liger.head_loss_config import changes, terms_and_options
 from torchtitan_liger.head_loss_plan import HeadLossPlan
 from torchtitan_liger.liger_api import LigerStatus, liger_status
@@ -27,18 +28,10 @@ FLAG = "liger_kernel.enable_fused_linear_cross_entropy"
 FLAG_OFF = "--liger_kernel.no-enable_fused_linear_cross_entropy"
 
 
-@dataclass(frozen=True)
-class Environment:
-    """What the machine decides."""
-
-    device_type: str
-    liger: LigerStatus
-
-
 @lru_cache(maxsize=1)
-def this_environment() -> Environment:
-    """The environment of this process; looked at once."""
-    return Environment(device_type, liger_status(device_type))
+def liger_here() -> LigerStatus:
+    """Whether this process can use Liger-Kernel; looked at once."""
+    return liger_status(device_type)
 
 
 @dataclass(frozen=True)
@@ -52,13 +45,13 @@ class Rule:
     """The combination, for a reader of the README."""
     outcome: str
     """What happens, for the same reader."""
-    reason: Callable[[JobConfig, Environment], str | None]
+    reason: Callable[[JobConfig, LigerStatus], str | None]
     effect: Literal["refuse", "fall back"]
     error: type[Exception]
     """Raised on refusal, and instead of falling back with `fallback = "error"`."""
 
 
-def _pipeline_parallel(job: JobConfig, _: Environment) -> str | None:
+def _pipeline_parallel(job: JobConfig, _: LigerStatus) -> str | None:
     degree = job.parallelism.pipeline_parallel_degree
     if degree <= 1:
         return None
@@ -70,7 +63,7 @@ def _pipeline_parallel(job: JobConfig, _: Environment) -> str | None:
     )
 
 
-def _quantized_head(job: JobConfig, _: Environment) -> str | None:
+def _quantized_head(job: JobConfig, _: LigerStatus) -> str | None:
     linear = job.quantize.linear
     filters = {
         "quantize.linear.float8": linear.float8.filter_fqns,
@@ -87,7 +80,7 @@ def _quantized_head(job: JobConfig, _: Environment) -> str | None:
     return None
 
 
-def _tied_tensor_parallel(job: JobConfig, _: Environment) -> str | None:
+def _tied_tensor_parallel(job: JobConfig, _: LigerStatus) -> str | None:
     args = model_args(job)
     degree = job.parallelism.tensor_parallel_degree
     if not getattr(args, "enable_weight_tying", False) or degree <= 1:
@@ -100,7 +93,7 @@ def _tied_tensor_parallel(job: JobConfig, _: Environment) -> str | None:
     )
 
 
-def _reference_tensor_parallel(job: JobConfig, _: Environment) -> str | None:
+def _reference_tensor_parallel(job: JobConfig, _: LigerStatus) -> str | None:
     degree = job.parallelism.tensor_parallel_degree
     if settings(job).impl != "reference" or degree <= 1:
         return None
@@ -110,9 +103,9 @@ def _reference_tensor_parallel(job: JobConfig, _: Environment) -> str | None:
     )
 
 
-def _reference_other_terms(job: JobConfig, _: Environment) -> str | None:
+def _reference_other_terms(job: JobConfig, _: LigerStatus) -> str | None:
     plan = _requested(job)
-    if plan.impl != "reference" or plan.terms is None:
+    if plan.impl != "reference" or plain_of(plan.terms) is not None:
         return None
     return (
         'liger_kernel.impl = "reference" has cross entropy (weight 1) and z-loss alone, '
@@ -120,7 +113,7 @@ def _reference_other_terms(job: JobConfig, _: Environment) -> str | None:
     )
 
 
-def _sequence_context_parallel(job: JobConfig, _: Environment) -> str | None:
+def _sequence_context_parallel(job: JobConfig, _: LigerStatus) -> str | None:
     degree, config = job.parallelism.context_parallel_degree, _head_loss(job)
     names = [n for n in ("gspo", "preference") if getattr(config, n).weight is not None]
     if not names or degree <= 1:
@@ -132,7 +125,7 @@ def _sequence_context_parallel(job: JobConfig, _: Environment) -> str | None:
     )
 
 
-def _half_a_pair(job: JobConfig, _: Environment) -> str | None:
+def _half_a_pair(job: JobConfig, _: LigerStatus) -> str | None:
     batch, config = job.training.local_batch_size, _head_loss(job)
     if config.preference.weight is None or batch % 2 == 0:
         return None
@@ -143,7 +136,7 @@ def _half_a_pair(job: JobConfig, _: Environment) -> str | None:
     )
 
 
-def _transforms_in_stock_validation(job: JobConfig, _: Environment) -> str | None:
+def _transforms_in_stock_validation(job: JobConfig, _: LigerStatus) -> str | None:
     options = _requested(job).options
     plain = not options.logit_softcap and options.temperature == 1
     if settings(job).validation or not job.validation.enable or plain:
@@ -158,19 +151,19 @@ def _wants_liger(job: JobConfig) -> bool:
     return settings(job).impl in ("auto", "liger")
 
 
-def _liger_not_importable(job: JobConfig, env: Environment) -> str | None:
-    if not _wants_liger(job) or env.liger.importable:
+def _liger_not_importable(job: JobConfig, liger: LigerStatus) -> str | None:
+    if not _wants_liger(job) or liger.importable:
         return None
-    return env.liger.reason
+    return liger.reason
 
 
-def _liger_no_device(job: JobConfig, env: Environment) -> str | None:
-    if not _wants_liger(job) or env.liger.usable:
+def _liger_no_device(job: JobConfig, liger: LigerStatus) -> str | None:
+    if not _wants_liger(job) or liger.usable:
         return None
-    return env.liger.reason
+    return liger.reason
 
 
-def _liger_tensor_parallel(job: JobConfig, _: Environment) -> str | None:
+def _liger_tensor_parallel(job: JobConfig, _: LigerStatus) -> str | None:
     degree = job.parallelism.tensor_parallel_degree
     if not _wants_liger(job) or degree <= 1:
         return None
@@ -180,9 +173,9 @@ def _liger_tensor_parallel(job: JobConfig, _: Environment) -> str | None:
     )
 
 
-def _liger_other_losses(job: JobConfig, _: Environment) -> str | None:
+def _liger_other_losses(job: JobConfig, _: LigerStatus) -> str | None:
     plan = _requested(job)
-    plain = plan.terms is None and plan.options.temperature == 1
+    plain = plain_of(plan.terms) is not None and plan.options.temperature == 1
     if not _wants_liger(job) or plain:
         return None
     return (
@@ -191,7 +184,7 @@ def _liger_other_losses(job: JobConfig, _: Environment) -> str | None:
     )
 
 
-def _seen_later(_job: JobConfig, _: Environment) -> None:
+def _seen_later(_job: JobConfig, _: LigerStatus) -> None:
     """Only the built model shows it: `LMHead.from_linear` and `parallelize` refuse it."""
 
 
@@ -297,7 +290,7 @@ def support_table() -> str:
     return "\n".join(rows + [f"| {rule.topic} | {rule.outcome} |" for rule in RULES])
 
 
-def resolve(job: JobConfig, environment: Environment | None = None) -> HeadLossPlan:
+def resolve(job: JobConfig, liger: LigerStatus | None = None) -> HeadLossPlan:
     """Decide what computes the loss of `job`. Pure: the same inputs, the same plan.
 
     Raises:
@@ -316,10 +309,10 @@ def resolve(job: JobConfig, environment: Environment | None = None) -> HeadLossP
             )
         unused = ", ".join(changes(settings(job), "liger_kernel"))
         return replace(plan, warning=unused and f"{unused}: unused without --{FLAG}")
-    environment = environment or this_environment()
+    liger = liger or liger_here()
     config = settings(job)
     for rule in RULES:
-        reason = rule.reason(job, environment)
+        reason = rule.reason(job, liger)
         if reason is None:
             continue
         if rule.effect == "refuse":
@@ -330,7 +323,7 @@ def resolve(job: JobConfig, environment: Environment | None = None) -> HeadLossP
             )
         # "auto" on a machine or a mesh where Liger cannot run is a choice, not a loss;
         # what the user could mend, or asked for by name, is worth a warning.
-        expected = config.impl == "auto" and environment.liger.importable
+        expected = config.impl == "auto" and liger.importable
         warning = "" if expected else f"{reason}. Training with impl = chunked instead"
         return replace(plan, impl="chunked", reason=reason, warning=warning)
     return plan

@@ -24,7 +24,6 @@ from torchtitan_liger.head_loss import (
     Unlikelihood,
     ZLoss,
 )
-from torchtitan_liger.head_loss.terms import terms_of
 
 TERMS: dict[str, Callable[..., Term]] = {
     "cross_entropy": CrossEntropy,
@@ -54,8 +53,8 @@ READ_BY = {
 
 def terms_and_options(
     config: job_config.HeadLoss, options: HeadLossOptions
-) -> tuple[tuple[Term, ...] | None, HeadLossOptions]:
-    """What `HeadLoss(terms, options)` takes; no terms where the options describe them.
+) -> tuple[tuple[Term, ...], HeadLossOptions]:
+    """What `HeadLoss(terms, options)` takes.
 
     Args:
         options: the settings that `[head_loss]` does not have.
@@ -76,12 +75,7 @@ def terms_and_options(
             "there is nothing to learn from: no loss has a weight other than 0; give one "
             f"of {names} a weight, such as --head_loss.cross_entropy.weight 1"
         )
-    plain = replace(
-        options,
-        label_smoothing=config.cross_entropy.label_smoothing,
-        z_loss=config.z_loss.weight or 0.0,
-    )
-    return (None, plain) if terms == terms_of(plain) else (terms, options)
+    return terms, options
 
 
 def _term(name: str, table: Any) -> Term | None:

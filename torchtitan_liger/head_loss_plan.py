@@ -10,7 +10,6 @@ import torch
 
 from torchtitan_liger.head_loss import CrossEntropy, HeadLoss, HeadLossOptions, Term
 from torchtitan_liger.head_loss.statistics import OF_TEACHER
-from torchtitan_liger.head_loss.terms import terms_of
 from torchtitan_liger.liger_api import LigerHeadLoss
 
 Tensors = Mapping[str, torch.Tensor]
@@ -46,8 +45,8 @@ class HeadLossPlan:
     enabled: bool
     impl: Literal["liger", "chunked", "reference", "stock"]
     options: HeadLossOptions
-    terms: tuple[Term, ...] | None = None
-    """What is summed up; None for the terms that `options` describe."""
+    terms: tuple[Term, ...] = (CrossEntropy(),)
+    """What is summed up."""
     reason: str = ""
     """Why it is not Liger-Kernel, where that was wanted."""
     validate: bool = True
@@ -59,21 +58,20 @@ class HeadLossPlan:
 
     def head_loss(self) -> HeadLoss | LigerHeadLoss:
         if self.impl == "liger":
-            return LigerHeadLoss(self.options)
+            return LigerHeadLoss(self.terms, self.options)
         assert self.impl != "stock"
         return HeadLoss(self.terms, self.options, impl=self.impl)
 
     def plain_cross_entropy(self) -> HeadLoss | LigerHeadLoss:
         """The loss of validation, by which runs with other head losses compare."""
-        options = replace(self.options, label_smoothing=0.0, z_loss=0.0)
-        return replace(self, terms=None, options=options).head_loss()
+        return replace(self, terms=(CrossEntropy(),)).head_loss()
 
     @property
     def row_inputs(self) -> dict[str, str]:
         """The tensors that terms read from the batch: name -> who reads it."""
         return {
             name: f"head_loss.{term.name}"
-            for term in self._all_terms
+            for term in self.terms
             for name in sorted(inputs_of(term))
         }
 
@@ -110,7 +108,7 @@ class HeadLossPlan:
         """Such as `cross_entropy + 0.0001 * z_loss`."""
         return " + ".join(
             term.name if term.weight == 1 else f"{term.weight:g} * {term.name}"
-            for term in self._all_terms
+            for term in self.terms
         )
 
     @property
@@ -123,12 +121,8 @@ class HeadLossPlan:
         """Whether the term cross_entropy is the mean of -log p."""
         return any(
             isinstance(term, CrossEntropy) and not term.label_smoothing
-            for term in self._all_terms
+            for term in self.terms
         )
-
-    @property
-    def _all_terms(self) -> tuple[Term, ...]:
-        return terms_of(self.options) if self.terms is None else self.terms
 
     def announcement(self) -> str:
         """One line for the log."""

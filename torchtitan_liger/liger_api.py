@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from torchtitan_liger.head_loss.calls import (
     Call,
@@ -25,7 +26,7 @@ from torchtitan_liger.head_loss.calls import (
 from torchtitan_liger.head_loss.chunking import ChunkPlan, budget_bytes, make_plan
 from torchtitan_liger.head_loss.engine import HeadLossOutput
 from torchtitan_liger.head_loss.options import HeadLossOptions
-from torchtitan_liger.head_loss.terms import terms_of
+from torchtitan_liger.head_loss.terms import CrossEntropy, Term, plain_of
 from torchtitan_liger.head_loss.vocab_parallel import VocabShard
 
 MINIMUM_VERSION = "0.8.4"  # the first with chunk_mem_const and a right softcap
@@ -40,14 +41,12 @@ class LigerStatus:
 
     importable: bool
     """It is installed, new enough and imports."""
-    runs_on_device: bool
-    """Its kernels run on the device that was asked about."""
     reason: str = ""
-    """Why it cannot run; empty when it can."""
+    """Why it cannot run on the device that was asked about; empty when it can."""
 
     @property
     def usable(self) -> bool:
-        return self.importable and self.runs_on_device
+        return not self.reason
 
 
 def liger_status(device_type: str) -> LigerStatus:
@@ -60,36 +59,25 @@ def liger_status(device_type: str) -> LigerStatus:
         if version is not None and Version(version) < Version(MINIMUM_VERSION):
             return LigerStatus(
                 False,
-                False,
                 f"Liger-Kernel {version} is too old, at least {MINIMUM_VERSION} is "
                 "needed. Please upgrade it with: pip install -U liger-kernel",
             )
         importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
-    except ModuleNotFoundError as error:
-        if error.name == "liger_kernel":
-            return LigerStatus(False, False, INSTALL_HINT)
-        return _broken(version, error)
-    except InvalidVersion as error:
-        return _broken(version, error)
     # An import that compiles and looks for devices can raise anything.
     except Exception as error:
-        return _broken(version, error)
+        if isinstance(error, ModuleNotFoundError) and error.name == "liger_kernel":
+            return LigerStatus(False, INSTALL_HINT)
+        return LigerStatus(
+            False,
+            f"Liger-Kernel {version or ''} is installed but its import fails with "
+            f"{type(error).__name__}: {error}",
+        )
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return LigerStatus(
             True,
-            False,
             "Liger-Kernel's Triton kernels need a GPU; this run is on the CPU",
         )
-    return LigerStatus(True, True)
-
-
-def _broken(version: str | None, error: Exception) -> LigerStatus:
-    return LigerStatus(
-        False,
-        False,
-        f"Liger-Kernel {version or ''} is installed but its import fails with "
-        f"{type(error).__name__}: {error}",
-    )
+    return LigerStatus(True)
 
 
 class LigerHeadLoss:
@@ -102,18 +90,29 @@ class LigerHeadLoss:
 
     impl = "liger"
 
-    def __init__(self, options: HeadLossOptions | None = None) -> None:
+    def __init__(
+        self,
+        terms: Sequence[Term] = (CrossEntropy(),),
+        options: HeadLossOptions | None = None,
+    ) -> None:
         """
         Raises:
-            ValueError: for a setting that Liger does not have.
+            ValueError: for a term or a setting that Liger does not have.
         """
+        self.terms = tuple(terms)
+        plain = plain_of(self.terms)
+        if plain is None:
+            raise ValueError(
+                "Liger-Kernel has CrossEntropy(label_smoothing) and, after it, "
+                f'ZLoss(weight) only, got {self.terms}; use impl="chunked"'
+            )
+        self._plain = plain
         self.options = HeadLossOptions() if options is None else options
         if self.options.temperature != 1:
             raise ValueError(
                 f"Liger-Kernel has no temperature, got {self.options.temperature}; use "
                 'impl="chunked"'
             )
-        self.terms = terms_of(self.options)
 
     def __call__(
         self,
@@ -126,7 +125,8 @@ class LigerHeadLoss:
         check_labels: bool = True,
         num_labeled: int | None = None,
     ) -> HeadLossOutput:
-        """As `HeadLoss.__call__`.
+        """As `HeadLoss.__call__`, without what Liger does not have: `token_weights`,
+        `reduction`, a teacher, sequences and row inputs.
 
         Raises:
             ValueError: also for a sharded vocabulary, which Liger does not support.
@@ -162,15 +162,17 @@ class LigerHeadLoss:
             weight,
             call,
             self.options,
+            self._plain,
             "sum" if is_sum else "mean",
             all_labeled,
             torch.is_grad_enabled(),
         )
-        if not self.options.z_loss:
+        _, z_loss_weight = self._plain
+        if not z_loss_weight:
             return HeadLossOutput(loss, {"cross_entropy": loss.detach()}, {})
         terms = {
             "cross_entropy": loss.detach() - z_loss,
-            "z_loss": z_loss / self.options.z_loss,
+            "z_loss": z_loss / z_loss_weight,
         }
         return HeadLossOutput(loss, terms, {})
 
@@ -194,7 +196,7 @@ class LigerHeadLoss:
 
 
 class _LigerFunction(torch.autograd.Function):
-    """`apply(hidden, weight, call, options, reduction, all_labeled, with_grad)`.
+    """`apply(hidden, weight, call, options, plain, reduction, all_labeled, with_grad)`.
 
     Gives the loss and, a part of it, the weighted z-loss.
 
@@ -210,6 +212,7 @@ class _LigerFunction(torch.autograd.Function):
         weight_VD: torch.Tensor,
         call: Call,
         options: HeadLossOptions,
+        plain: tuple[float, float],
         reduction: Literal["sum", "mean"],
         all_labeled: bool,
         with_grad: bool,
@@ -218,6 +221,7 @@ class _LigerFunction(torch.autograd.Function):
             fused_linear_cross_entropy_forward,
         )
 
+        label_smoothing, z_loss_weight = plain
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         with_grad = with_grad and (needs_hidden or needs_weight)
         dtype = call.products_dtype
@@ -253,11 +257,11 @@ class _LigerFunction(torch.autograd.Function):
                         weight=weight,
                         target=call.labels_T,
                         ignore_index=options.ignore_index,
-                        lse_square_scale=options.z_loss,
-                        label_smoothing=options.label_smoothing,
+                        lse_square_scale=z_loss_weight,
+                        label_smoothing=label_smoothing,
                         reduction=reduction,
                         softcap=options.logit_softcap or None,
-                        return_z_loss=bool(options.z_loss),
+                        return_z_loss=bool(z_loss_weight),
                         accum_dtype=torch.promote_types(options.acc_dtype, dtype),
                         compute_gradients=with_grad,
                         weight_requires_grad=with_grad and needs_weight,
@@ -286,7 +290,7 @@ class _LigerFunction(torch.autograd.Function):
             None if grad is None else scale_gradient(grad, grad_loss * scale, dtype)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
 def liger_rows(num_tokens: int, dim: int, vocab_size: int, const: int) -> int:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -20,7 +19,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3.infra.parallelize import disable_fsdp_gradient_division
@@ -125,7 +124,10 @@ def _parallelize_around_head(
         warnings.filterwarnings("ignore", message="Parallelize plan key .*output")
         model = parallelize_decoder(model, parallel_dims, job_config)
     if parallel_dims.tp_enabled:
-        _shard_vocabulary(head, parallel_dims.get_mesh("tp"))
+        head.tp_mesh = parallel_dims.get_mesh("tp")
+        head.weight = nn.Parameter(
+            distribute_tensor(head.weight, head.tp_mesh, [Shard(0)])
+        )
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         _shard_data_parallel(
             [embeddings, head] if tied else [head], parallel_dims, job_config
@@ -140,16 +142,6 @@ def _parallelize_around_head(
     if tied:
         model.register_module("tok_embeddings", embeddings)
     return model
-
-
-def _shard_vocabulary(head: LMHead, tp_mesh: DeviceMesh) -> None:
-    def shard(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-        for name, param in list(module.named_parameters(recurse=False)):
-            sharded = nn.Parameter(distribute_tensor(param, mesh, [Shard(0)]))
-            module.register_parameter(name, sharded)
-
-    distribute_module(head, tp_mesh, shard)
-    head.tp_mesh = tp_mesh
 
 
 def _shard_data_parallel(

@@ -30,7 +30,6 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import ParallelDims
-from torchtitan.tools.utils import device_module
 
 from torchtitan_liger.full_logits import Gradients, Sample, full_logits_gradients
 from torchtitan_liger.head_loss import CrossEntropy, HeadLoss, SequenceTerm
@@ -122,7 +121,7 @@ def check_head(
     assert head.head_loss is not None
     head_loss, left_out = _without_batch_inputs(head.head_loss)
     calls = head.num_fused_calls
-    with _no_trace(model):
+    with _no_trace(model, device):
         fused, sample = _fused_step(
             model,
             head,
@@ -322,23 +321,17 @@ def _slice_of_this_rank(num_labels: list[torch.Tensor], dims: ParallelDims) -> s
 
 
 @contextlib.contextmanager
-def _no_trace(model: nn.Module) -> Iterator[None]:
+def _no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore buffers and random number generators, remove gradients, shard parameters."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    cpu_state = torch.get_rng_state()
-    on_cpu = device_module is torch.cpu or not hasattr(device_module, "get_rng_state")
-    state = None if on_cpu else device_module.get_rng_state()
-    training = model.training
+    devices = [] if device.type == "cpu" else [device]
     try:
-        yield
+        with torch.random.fork_rng(devices, device_type=device.type):
+            yield
     finally:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        torch.set_rng_state(cpu_state)
-        if state is not None:
-            device_module.set_rng_state(state)
-        model.train(training)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # A checkpoint is loaded into what the optimizer has. Where a tied head's

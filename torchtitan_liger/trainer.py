@@ -15,7 +15,7 @@ from torchtitan.tools.utils import device_module
 from torchtitan.train import Trainer
 
 from torchtitan_liger import data, models
-from torchtitan_liger.config_validator import FLAG, model_args, resolve, settings
+from torchtitan_liger.config_validator import FLAG, model_args, resolve
 from torchtitan_liger.head_loss.calls import check_label_range
 from torchtitan_liger.head_loss.chunking import MIB
 from torchtitan_liger.head_loss_plan import FOR_TERMS, NUM_LABELED, TOKEN_WEIGHTS
@@ -37,7 +37,6 @@ class LigerTrainer(Trainer):
     def __init__(self, job_config: JobConfig) -> None:
         if module := job_config.experimental.custom_import:
             importlib.import_module(module)  # may register what follows looks up
-        settings(job_config)
         models.register(job_config.model.name)
         model_args(job_config)
         # A config module of the user's own may have the section liger_kernel alone.
@@ -207,10 +206,8 @@ class LigerTrainer(Trainer):
             )
         if (mode := self.job_config.comm.mode) != "default":
             return f"comm.mode = {mode} has no other ranks"
-        dims, tied = (
-            self.parallel_dims,
-            "output.weight" not in dict(self.model_parts[0].named_parameters()),
-        )
+        dims, (model,) = self.parallel_dims, self.model_parts
+        tied = model.output.weight is model.tok_embeddings.weight
         if tied and dims.dp_replicate_enabled and not dims.fsdp_enabled:
             return "DDP cannot reduce the head's share of a tied weight alone"
         return None
@@ -236,7 +233,7 @@ class LigerTrainer(Trainer):
             sharded=parallel.tp > 1,
         )
         logger.info(f"The LM head holds {plan}")
-        budget = settings(self.job_config).logits_memory_mib
+        budget = head.head_loss.options.logits_memory_mib
         if budget and plan.logits_bytes > budget * MIB:
             impl = head.head_loss.impl
             other = "; --liger_kernel.impl chunked has" if impl == "liger" else ""

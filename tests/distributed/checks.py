@@ -32,7 +32,6 @@ from torchtitan_liger.trainer import shard_rows  # isort: skip
 from torchtitan_liger.head_loss import (  # isort: skip
     CrossEntropy,
     HeadLoss,
-    HeadLossOptions,
     PolicyGradient,
     Preference,
     ReferenceKL,
@@ -136,7 +135,7 @@ def head_of_dtensors() -> dict[str, float]:
     """Largest errors of `LMHead` under tensor parallelism, by layout of its input."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     problem = Problem(T=36, D=8, V=101, ignored=0.3)
-    truth = problem.run(full_logits(HeadLossOptions()))
+    truth = problem.run(full_logits())
     labels_BL = problem.labels.view(3, 12)
     errors = {}
     for placement in (Shard(1), Replicate()):

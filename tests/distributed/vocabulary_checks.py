@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.distributed import matrix
-from tests.helpers import Problem, full_logits, relative_error
+from tests.helpers import Problem, full_logits, plain_head, relative_error
 
 import torch  # isort: skip
 import torch.distributed as dist  # isort: skip
@@ -41,10 +41,9 @@ def sharded_vocabulary() -> dict[str, float]:
             {},
             {"label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 2.0},
         ):
-            options = HeadLossOptions(**settings)
-            truth = problem.run(full_logits(options))
+            truth = problem.run(full_logits(**settings))
             with matrix.chunked_in(3):
-                head = HeadLoss(options=options)
+                head = plain_head(**settings)
                 weight = problem.weight[columns].clone().requires_grad_()
                 hidden = problem.hidden.clone().requires_grad_()
                 loss = head(hidden, weight, problem.labels, shard=shard).loss
@@ -230,7 +229,7 @@ def uneven_shards_in_many_chunks() -> float:
     head = HeadLoss(options=HeadLossOptions(logits_memory_mib=1))
     weight = problem.weight[columns].clone().requires_grad_()
     head(problem.hidden, weight, problem.labels, shard=shard).loss.backward()
-    truth = problem.run(full_logits(HeadLossOptions()))
+    truth = problem.run(full_logits())
     return relative_error(weight.grad, truth.d_weight[columns])
 
 

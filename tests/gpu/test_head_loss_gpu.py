@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers import Problem, full_logits, waiting_is_an_error
+from tests.helpers import Problem, full_logits, plain_head, waiting_is_an_error
 from torchtitan_liger.head_loss import HeadLoss, HeadLossOptions
 from torchtitan_liger.head_loss.products import whole_waves
 from torchtitan_liger.liger_api import LigerHeadLoss
@@ -22,11 +22,10 @@ SETTINGS = [{}, {"label_smoothing": 0.1, "z_loss": 1e-2}, {"logit_softcap": 5.0}
 def test_error_is_at_most_twice_that_of_full_logits(
     head_loss, dtype, settings, budget_mib
 ):
-    options = HeadLossOptions(**settings)
     problem = Problem(T=1031, D=256, V=4999).rounded(dtype)
-    truth = problem.run(full_logits(options))
-    stock = problem.run(full_logits(options), dtype, "cuda").errors(truth)
-    head = head_loss(options=HeadLossOptions(**settings, logits_memory_mib=budget_mib))
+    truth = problem.run(full_logits(**settings))
+    stock = problem.run(full_logits(**settings), dtype, "cuda").errors(truth)
+    head = plain_head(head_loss, **settings, logits_memory_mib=budget_mib)
     ours = problem.run(lambda *a: head(*a).loss, dtype, "cuda").errors(truth)
     floor = 4 * torch.finfo(torch.float32).eps
     for name, error in ours.items():
@@ -41,8 +40,8 @@ def test_product_in_pieces(ignored):
     num_rows = int((problem.labels >= 0).sum())
     device = torch.cuda.get_device_properties("cuda")
     assert len(whole_waves(num_rows, D, device.multi_processor_count)) > 1
-    truth = problem.run(full_logits(HeadLossOptions()), torch.float64, "cuda")
-    stock = problem.run(full_logits(HeadLossOptions()), torch.bfloat16, "cuda")
+    truth = problem.run(full_logits(), torch.float64, "cuda")
+    stock = problem.run(full_logits(), torch.bfloat16, "cuda")
     head = HeadLoss(options=HeadLossOptions(logits_memory_mib=1024))
     assert head.plan(T, D, V, torch.bfloat16, "cuda").num_chunks == 1
     ours = problem.run(lambda *a: head(*a).loss, torch.bfloat16, "cuda")
@@ -53,7 +52,7 @@ def test_product_in_pieces(ignored):
 @pytest.mark.parametrize("head_loss", [HeadLoss, LigerHeadLoss])
 def test_autocast_with_float32_parameters(head_loss):
     problem = Problem(T=513, D=128, V=2003).rounded(torch.bfloat16)
-    truth = problem.run(full_logits(HeadLossOptions()))
+    truth = problem.run(full_logits())
 
     def autocast(loss_of):
         def run(*args):
@@ -62,7 +61,7 @@ def test_autocast_with_float32_parameters(head_loss):
 
         return run
 
-    stock = problem.run(autocast(full_logits(HeadLossOptions())), torch.float32, "cuda")
+    stock = problem.run(autocast(full_logits()), torch.float32, "cuda")
     head = head_loss()
     ours = problem.run(autocast(lambda *a: head(*a).loss), torch.float32, "cuda")
     for name, error in ours.errors(truth).items():
@@ -74,8 +73,7 @@ def test_chunked_does_not_wait_for_the_gpu():
     hidden = problem.hidden.to("cuda", torch.bfloat16).requires_grad_()
     weight = problem.weight.to("cuda", torch.bfloat16).requires_grad_()
     labels, normalizer = problem.labels.cuda(), torch.tensor(100, device="cuda")
-    options = HeadLossOptions(label_smoothing=0.1, z_loss=1e-3, logits_memory_mib=1)
-    head = HeadLoss(options=options)
+    head = plain_head(label_smoothing=0.1, z_loss=1e-3, logits_memory_mib=1)
 
     def step():
         out = head(hidden, weight, labels, normalizer=normalizer, check_labels=False)
@@ -111,7 +109,7 @@ def test_more_than_2_to_the_31_logits():
     T, V = 32768, 65664
     assert T * V > 2**31
     problem = Problem(T=T, D=16, V=V, ignored=0).rounded(torch.bfloat16)
-    truth = problem.run(full_logits(HeadLossOptions()), torch.float64, "cuda")
+    truth = problem.run(full_logits(), torch.float64, "cuda")
     head = HeadLoss(options=HeadLossOptions(logits_memory_mib=16384))
     assert head.plan(T, 16, V, torch.bfloat16, "cuda").tokens_per_chunk == T
     ours = problem.run(lambda *a: head(*a).loss, torch.bfloat16, "cuda").errors(truth)

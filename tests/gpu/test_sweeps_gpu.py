@@ -7,7 +7,7 @@ import torch
 
 from torchtitan_liger.head_loss import sweeps, triton_sweeps
 from torchtitan_liger.head_loss.statistics import SUMS, Coefficients, unpack
-from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
+from torchtitan_liger.head_loss.sweeps import Logits, Transform
 
 pytestmark = pytest.mark.gpu
 
@@ -104,7 +104,7 @@ def test_sums_do_not_depend_on_where_the_large_logits_are(dtype):
         u, t = (z, v) if wide == torch.float32 else (z.double(), v.double())
         names = [n for n in SUMS if n not in ("logit_sum", "candidate_logits")]
         sums = unpack(names, torch.empty(len(names), C, dtype=wide, device="cuda"))
-        teacher = TeacherLogits(t, Transform())
+        teacher = Logits(t, Transform())
         run.statistics_sweep(u, label, Transform(), sums, teacher=teacher)
         results.append(sums)
     got, exact = results
@@ -134,10 +134,10 @@ def test_a_fast_mixture_is_as_good_as_its_logits(distance, dtype, beta):
     label = torch.full((C,), -1, device="cuda")
     names = ("max", "sumexp", "label_logit", "teacher_max", "teacher_sumexp")
     sums = unpack(names, torch.empty(5, C, device="cuda"))
-    teacher = TeacherLogits(v, Transform())
+    teacher = Logits(v, Transform())
     triton_sweeps.statistics_sweep(z, label, Transform(), sums, teacher=teacher)
     exact = {name: x.double() for name, x in sums.items()}
-    wide = TeacherLogits(v.double(), Transform())
+    wide = Logits(v.double(), Transform())
     results = []
     for run, u, of, by in (
         (sweeps, z.double(), exact, wide),

@@ -23,6 +23,7 @@ FAULTY_TRAIN = """
 import os, sys
 from dataclasses import replace
 from torchtitan_liger import cli, device, train
+from torchtitan_liger.head_loss import ZLoss
 
 sys.argv[1:] = cli.prepare_argv(sys.argv[1:])
 device.prepare()
@@ -34,8 +35,8 @@ class Faulty(trainer.LigerTrainer):
         super().__init__(job_config)
         if os.environ["FAULT"] == "z_loss":
             plan = self.head_loss_plan
-            options = replace(plan.options, z_loss=1e-4)
-            self.lm_head.head_loss = replace(plan, options=options).head_loss()
+            terms = (*plan.terms, ZLoss(1e-4))
+            self.lm_head.head_loss = replace(plan, terms=terms).head_loss()
 
     def forward_backward_step(self, **kwargs):
         loss = super().forward_backward_step(**kwargs)

@@ -12,17 +12,17 @@ from torchtitan_liger.config_validator import (
     FLAG,
     FLAG_OFF,
     RULES,
-    Environment,
     model_args,
     resolve,
     support_table,
 )
+from torchtitan_liger.head_loss import CrossEntropy, ZLoss
 from torchtitan_liger.liger_api import INSTALL_HINT, LigerStatus
 
-GPU = Environment("cuda", LigerStatus(True, True))
-CPU = Environment("cpu", LigerStatus(True, False, "the kernels need a GPU"))
-MISSING = Environment("cuda", LigerStatus(False, False, INSTALL_HINT))
-BROKEN = Environment("cuda", LigerStatus(False, False, "its import fails with OSError"))
+GPU = LigerStatus(True)
+CPU = LigerStatus(True, "the kernels need a GPU")
+MISSING = LigerStatus(False, INSTALL_HINT)
+BROKEN = LigerStatus(False, "its import fails with OSError")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,12 +93,12 @@ def test_liger_missing_or_broken_warns_with_the_reason_and_trains_chunked(
 ):
     plan = resolve(job(f"--liger_kernel.impl={impl}"), environment)
     assert plan.impl == "chunked"
-    assert environment.liger.reason in plan.warning
+    assert environment.reason in plan.warning
 
 
 @pytest.mark.parametrize("environment", [MISSING, BROKEN, CPU])
 def test_fallback_error_raises_an_import_error_with_the_reason(environment):
-    with pytest.raises(ImportError, match=environment.liger.reason) as error:
+    with pytest.raises(ImportError, match=environment.reason) as error:
         resolve(job("--liger_kernel.fallback=error"), environment)
     assert "--liger_kernel.impl chunked" in str(error.value)
     # The way out works.
@@ -237,9 +237,9 @@ def test_losses_that_liger_has_stay_with_it():
         GPU,
     )
     assert plan.impl == "liger"
-    options = plan.head_loss().options
-    assert (options.z_loss, options.label_smoothing) == (1e-4, 0.1)
-    assert options.logit_softcap == 30
+    head_loss = plan.head_loss()
+    assert head_loss.terms == (CrossEntropy(0.1), ZLoss(1e-4))
+    assert head_loss.options.logit_softcap == 30
 
 
 @pytest.mark.parametrize(("option", "named"), OTHER_LOSSES[1:])

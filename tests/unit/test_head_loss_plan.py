@@ -12,6 +12,7 @@ from torchtitan_liger.head_loss import (
     ReferenceKL,
     SequencePolicyGradient,
     Unlikelihood,
+    ZLoss,
 )
 from torchtitan_liger.head_loss_plan import FOR_TERMS, HeadLossPlan, inputs_of
 
@@ -58,8 +59,9 @@ def test_liger_knows_no_token_weights():
 
 
 def test_validation_is_by_cross_entropy_alone():
-    options = HeadLossOptions(label_smoothing=0.1, z_loss=1e-4, logit_softcap=30.0)
-    loss = HeadLossPlan(True, "chunked", options).plain_cross_entropy()
+    options = HeadLossOptions(logit_softcap=30.0)
+    terms = (CrossEntropy(0.1), ZLoss(1e-4))
+    loss = HeadLossPlan(True, "liger", options, terms).plain_cross_entropy()
     assert loss.terms == (CrossEntropy(),)
-    assert loss.options == HeadLossOptions(logit_softcap=30.0)
+    assert loss.options == options
     assert PPO.plain_cross_entropy().terms == (CrossEntropy(),)

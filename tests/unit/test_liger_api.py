@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.conftest import HAS_GPU
-from tests.helpers import Problem, full_logits, relative_error
+from tests.helpers import Problem, full_logits, plain_head, relative_error
 from torchtitan_liger import liger_api
-from torchtitan_liger.head_loss import HeadLossOptions, VocabShard
+from torchtitan_liger.head_loss import CrossEntropy, VocabShard, ZLoss
 from torchtitan_liger.head_loss.chunking import MIB
 from torchtitan_liger.liger_api import (
     LigerHeadLoss,
@@ -32,8 +32,8 @@ SETTINGS = [
 ]
 
 
-def liger_loss(options: HeadLossOptions, **kwargs):
-    head_loss = LigerHeadLoss(options)
+def liger_loss(settings=None, **kwargs):
+    head_loss = plain_head(LigerHeadLoss, **settings or {})
     return lambda *inputs: head_loss(*inputs, **kwargs).loss
 
 
@@ -41,15 +41,14 @@ def liger_loss(options: HeadLossOptions, **kwargs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_liger_is_as_exact_as_full_logits(settings, dtype, reduction):
-    options = HeadLossOptions(**settings)
     problem = Problem(T=37, D=16, V=101).rounded(dtype)
-    count = (problem.labels != options.ignore_index).sum()
+    count = (problem.labels != -100).sum()
     normalizer = count if reduction == "mean" else 1
 
     def stock_loss(*inputs):
-        return full_logits(options)(*inputs) / normalizer
+        return full_logits(**settings)(*inputs) / normalizer
 
-    ours_loss = liger_loss(options, normalizer=normalizer)
+    ours_loss = liger_loss(settings, normalizer=normalizer)
     truth = problem.run(stock_loss)
     stock = problem.run(stock_loss, dtype, DEVICE).errors(truth)
     ours = problem.run(ours_loss, dtype, DEVICE).errors(truth)
@@ -59,11 +58,10 @@ def test_liger_is_as_exact_as_full_logits(settings, dtype, reduction):
 
 
 def test_normalizer_and_incoming_gradient_scale_loss_and_gradients():
-    options = HeadLossOptions()
     problem = Problem(T=37, D=16, V=101).rounded(torch.float32)
-    once = problem.run(liger_loss(options), torch.float32, DEVICE)
+    once = problem.run(liger_loss(), torch.float32, DEVICE)
     scaled = problem.run(
-        liger_loss(options, normalizer=torch.tensor(8.0)),
+        liger_loss(normalizer=torch.tensor(8.0)),
         torch.float32,
         DEVICE,
         upstream=0.25,
@@ -75,8 +73,7 @@ def test_normalizer_and_incoming_gradient_scale_loss_and_gradients():
 
 def test_terms_are_those_of_the_engine():
     problem = Problem(T=37, D=16, V=101)
-    options = HeadLossOptions(z_loss=0.01)
-    out = LigerHeadLoss(options)(
+    out = LigerHeadLoss([CrossEntropy(), ZLoss(0.01)])(
         problem.hidden.float().to(DEVICE),
         problem.weight.float().to(DEVICE),
         problem.labels.to(DEVICE),
@@ -91,7 +88,7 @@ def test_terms_are_those_of_the_engine():
 @pytest.mark.parametrize("T", [0, 5])
 def test_a_batch_without_labels_has_loss_0_and_gradients_0(T):
     problem = Problem(T=T, D=16, V=101, ignored=1.1)
-    loss_of = liger_loss(HeadLossOptions(), normalizer=0)
+    loss_of = liger_loss(normalizer=0)
     ours = problem.run(loss_of, torch.float32, DEVICE)
     assert ours.loss == 0
     assert not ours.d_hidden.any()
@@ -100,7 +97,7 @@ def test_a_batch_without_labels_has_loss_0_and_gradients_0(T):
 
 def test_a_frozen_decoder_leaves_the_weight_its_gradient():
     problem = Problem(T=37, D=16, V=101)
-    truth = problem.run(full_logits(HeadLossOptions()))
+    truth = problem.run(full_logits())
     weight = problem.weight.float().to(DEVICE).requires_grad_()
     hidden = problem.hidden.float().to(DEVICE)
     LigerHeadLoss()(hidden, weight, problem.labels.to(DEVICE)).loss.backward()
@@ -111,7 +108,7 @@ def test_a_frozen_decoder_leaves_the_weight_its_gradient():
 def test_a_graph_may_be_traversed_twice():
     """Liger itself scales its gradients in place, and scales them again the next time."""
     problem = Problem(T=37, D=16, V=101)
-    truth = problem.run(full_logits(HeadLossOptions()))
+    truth = problem.run(full_logits())
     hidden = problem.hidden.float().to(DEVICE).requires_grad_()
     weight = problem.weight.float().to(DEVICE).requires_grad_()
     loss = LigerHeadLoss()(
@@ -131,7 +128,7 @@ def test_a_graph_may_be_traversed_twice():
 
 def test_garbage_in_ignored_rows_does_not_reach_the_gradients():
     problem = Problem(T=37, D=16, V=101)
-    loss_of = liger_loss(HeadLossOptions())
+    loss_of = liger_loss()
     clean = problem.run(loss_of, torch.float32, DEVICE)
     problem.hidden[problem.labels == -100] = torch.nan
     dirty = problem.run(loss_of, torch.float32, DEVICE)
@@ -143,7 +140,7 @@ def test_an_unchecked_label_that_is_no_word_makes_the_loss_nan():
     for label in (101, -5):
         problem = Problem(T=37, D=16, V=101)
         problem.labels[7] = label
-        loss_of = liger_loss(HeadLossOptions(), check_labels=False)
+        loss_of = liger_loss(check_labels=False)
         assert problem.run(loss_of, torch.float32, DEVICE).loss.isnan()
 
 
@@ -151,7 +148,7 @@ def test_a_bad_label_is_an_error_with_value_and_position():
     problem = Problem(T=37, D=16, V=101)
     problem.labels[7] = 101
     with pytest.raises(ValueError, match=r"labels\[7\] is 101"):
-        problem.run(liger_loss(HeadLossOptions()), torch.float32, DEVICE)
+        problem.run(liger_loss(), torch.float32, DEVICE)
 
 
 def test_a_sharded_vocabulary_is_refused():

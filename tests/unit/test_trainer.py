@@ -18,7 +18,6 @@ from torchtitan_liger.head_loss import (
 )
 from torchtitan_liger.head_loss_plan import HeadLossPlan
 from torchtitan_liger.head_loss_report import HeadLossReport
-from torchtitan_liger.job_config import LigerKernel
 from torchtitan_liger.liger_api import LigerHeadLoss
 from torchtitan_liger.lm_head import LMHead
 from torchtitan_liger.trainer import LigerTrainer
@@ -142,7 +141,7 @@ def test_torchtitans_own_loss_would_ignore_what_terms_read(trainer):
         )
 
 
-def memory_plan(caplog, head_loss, budget=0, **dims):
+def memory_plan(caplog, head_loss, **dims):
     """What is logged for 8,192 tokens, a width of 256 and 8,192 words."""
     caplog.set_level(logging.INFO)
     linear = torch.nn.Linear(256, 8192, bias=False, device="meta")
@@ -158,7 +157,6 @@ def memory_plan(caplog, head_loss, budget=0, **dims):
             mixed_precision_param="bfloat16",
             dtype="float32",
         ),
-        liger_kernel=LigerKernel(logits_memory_mib=budget),
     )
     degrees = {"cp": 1, "tp": 1, "tp_enabled": False, "fsdp_enabled": False}
     trainer.parallel_dims = SimpleNamespace(**degrees | dims)
@@ -177,7 +175,7 @@ def test_the_memory_plan_is_in_the_jobs_dtype(caplog, fsdp, mib):
 
 def test_a_budget_below_the_smallest_chunk_is_said(caplog):
     options = HeadLossOptions(logits_memory_mib=1)
-    text = memory_plan(caplog, LigerHeadLoss(options), budget=1)
+    text = memory_plan(caplog, LigerHeadLoss(options=options))
     assert "is 1, but liger has no smaller chunk than this; --liger_kernel.impl" in text
     caplog.clear()
-    assert "WARNING" not in memory_plan(caplog, HeadLoss(options=options), budget=1)
+    assert "WARNING" not in memory_plan(caplog, HeadLoss(options=options))

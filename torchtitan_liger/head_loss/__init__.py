@@ -1,4 +1,16 @@
-"""The engine: losses of an LM head without its logits. Needs torch alone."""
+"""The engine: losses of an LM head without its logits. Needs torch alone.
+
+In the order of a call:
+
+    options, terms, policy_terms, distillation   what is computed
+    functional, engine                           the public face
+    calls, sequences, chunking                   arguments are checked, chunks planned
+    chunked (opaque: in a graph of Dynamo's)     the order of the passes, both ways
+    passes, products, vocab_parallel             one chunk: products, sweeps, a collective
+    sweeps (triton_*: on GPUs)                   logits -> sums, coefficients -> gradient
+    statistics, evaluate                         sums -> terms -> coefficients
+    reference                                    full logits, to compare with
+"""
 
 from torchtitan_liger.head_loss.distillation import Distillation, Teacher
 from torchtitan_liger.head_loss.engine import HeadLoss, HeadLossOutput

@@ -106,29 +106,25 @@ class ChunkedTokenLosses(torch.autograd.Function):
         ctx: Any, hidden_TD: torch.Tensor, weight_vD: torch.Tensor, call: HeadCall
     ) -> torch.Tensor:
         call = call.of_this_moment()
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            passes = Passes(
-                hidden_TD, weight_vD, call, need_d_hidden=False, need_d_weight=False
-            )
-            softmax = Softmax.together([part for _, part, _ in _one_by_one(passes)])
-            statistics = passes.statistics(softmax)
-            ones_N = torch.ones_like(call.labels_N, dtype=call.scale.dtype)
-            values = values_of(
-                call.terms, statistics, call.rows, ones_N, passes.valid_N
-            )
-            partials = partials_of(
-                call.terms, statistics, call.rows, ones_N, passes.valid_N
-            )
-        ctx.call, ctx.softmax, ctx.partials = call, softmax, partials
+        result = run(
+            hidden_TD,
+            weight_vD,
+            None,
+            call,
+            need_d_hidden=False,
+            need_d_weight=False,
+            need_partials=call.with_grad,
+        )
+        ctx.call, ctx.softmax, ctx.partials = call, result.softmax, result.partials
         # What the logits are computed from once more may not change until then.
         ctx.save_for_backward(hidden_TD, weight_vD, *call.read_again())
-        return values.by_row * call.scale
+        return result.by_row_N
 
     @staticmethod
     @without_second_derivative
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_TD, weight_vD, *_ = ctx.saved_tensors
-        by_N = grad_N.to(ctx.call.scale.dtype) * ctx.call.scale
+        by_N = grad_N.to(ctx.call.scale.dtype)
         return *_later_gradients(ctx, hidden_TD, weight_vD, by_N), None
 
 
@@ -162,7 +158,7 @@ class Result(NamedTuple):
     loss: torch.Tensor  # []
     by_row_N: torch.Tensor  # each token's loss before its weight, scaled
     by_term: torch.Tensor  # scaled
-    metrics: torch.Tensor  # sums, not scaled
+    metrics: torch.Tensor  # [M] sums, then extremes; not scaled
     softmax: Softmax
     partials: Partials | None
     d_hidden_TD: torch.Tensor | None
@@ -200,8 +196,8 @@ def run(
         parts = []
         if with_grad and _at_once(call):
             for rows in call.chunks():
-                by = _partials(passes, None, rows, weight_N)
-                parts.append(passes.gradients_at_once(passes.logits(rows), by))
+                constants = _partials(passes, None, rows, weight_N)
+                parts.append(passes.gradients_at_once(passes.logits(rows), constants))
         else:
             for rows, softmax, chunk in _one_by_one(passes):
                 parts.append(softmax)

@@ -14,10 +14,8 @@ MIB = 2**20
 # more than a cap. On two CPU cores, with 32,768 words in float32, 256 rows take 1.2 times
 # the time of 1,024. On an H200, with 128,256 words in bfloat16 and a width of 4,096, 1,024
 # rows take 1.14 times the time of 16,384, 4,096 rows 1.02 and 8,192 rows 1.01.
-DEFAULT_ROWS = {"cpu": 1024}
-DEFAULT_ROWS_GPU = 8192
-DEFAULT_CAP_MIB = {"cpu": 256}
-DEFAULT_CAP_MIB_GPU = 2048
+DEFAULT_CPU = (1024, 256 * MIB)
+DEFAULT_GPU = (8192, 2048 * MIB)
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,7 @@ def budget_bytes(logits_memory_mib: int, device_type: str, row_bytes: int) -> in
     """
     if logits_memory_mib:
         return logits_memory_mib * MIB
-    rows = DEFAULT_ROWS.get(device_type, DEFAULT_ROWS_GPU)
-    cap = DEFAULT_CAP_MIB.get(device_type, DEFAULT_CAP_MIB_GPU) * MIB
+    rows, cap = DEFAULT_CPU if device_type == "cpu" else DEFAULT_GPU
     return min(rows * row_bytes, cap)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -66,7 +66,7 @@ class Teacher:
             if got != expected:
                 raise ValueError(f"the teacher's logits must be {expected}, got {got}")
             logits = self.logits.detach().reshape(leading.numel(), num_columns)
-            return self._with(logits=logits)
+            return replace(self, logits=logits)
         assert self.hidden is not None
         assert self.weight is not None
         dim = self.weight.shape[-1]
@@ -85,12 +85,7 @@ class Teacher:
                 f"{self.weight.dtype}: cast one of them"
             )
         hidden = self.hidden.detach().reshape(leading.numel(), dim)
-        return self._with(hidden=hidden, weight=self.weight.detach())
-
-    def _with(self, **tensors: torch.Tensor) -> Teacher:
-        return Teacher(
-            temperature=self.temperature, logit_softcap=self.logit_softcap, **tensors
-        )
+        return replace(self, hidden=hidden, weight=self.weight.detach())
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from torchtitan_liger.head_loss.chunking import (
     ChunkPlan,
     align_chunks,
     budget_bytes,
-    make_plan,
     plan_chunks,
 )
 from torchtitan_liger.head_loss.distillation import Teacher
@@ -34,12 +33,13 @@ from torchtitan_liger.head_loss.reference import reference_head_loss
 from torchtitan_liger.head_loss.sequences import Sequences, sequences_of
 from torchtitan_liger.head_loss.statistics import OF_TEACHER
 from torchtitan_liger.head_loss.terms import (
+    CrossEntropy,
     SequenceTerm,
     Term,
     check_terms,
     needs_of,
+    plain_of,
     row_inputs_of,
-    terms_of,
 )
 from torchtitan_liger.head_loss.vocab_parallel import VocabShard
 
@@ -74,35 +74,31 @@ class HeadLoss:
 
     def __init__(
         self,
-        terms: Sequence[Term] | None = None,
+        terms: Sequence[Term] = (CrossEntropy(),),
         options: HeadLossOptions | None = None,
         *,
         impl: EngineImpl = "chunked",
     ) -> None:
         """
         Args:
-            terms: what is summed up; None for the terms that `options` describes.
+            terms: what is summed up.
 
         Raises:
-            ValueError: for terms that contradict each other, `options` or `impl`.
+            ValueError: for terms that contradict each other or `impl`.
         """
         if impl not in ("chunked", "reference"):
             raise ValueError(f'impl must be "chunked" or "reference", got {impl!r}')
         self.options = HeadLossOptions() if options is None else options
         self.impl = impl
-        if terms is not None:
-            if self.options.label_smoothing or self.options.z_loss:
-                raise ValueError(
-                    "label_smoothing and z_loss of the options belong to the default "
-                    "terms; with terms of your own give CrossEntropy(label_smoothing) "
-                    "and ZLoss(weight) instead"
-                )
-            if impl == "reference":
-                raise ValueError('impl="reference" has the default terms only')
         if isinstance(terms, Term):
             raise ValueError(f"terms must be a sequence, such as [{terms!r}]")
-        self.terms = terms_of(self.options) if terms is None else tuple(terms)
+        self.terms = tuple(terms)
         check_terms(self.terms)
+        if impl == "reference" and plain_of(self.terms) is None:
+            raise ValueError(
+                'impl="reference" has CrossEntropy(label_smoothing) and, after it, '
+                f"ZLoss(weight) only, got {self.terms}"
+            )
         self._recipe = opaque.recipe_of(self.terms, self.options)
         self._metrics = self._recipe.metrics
         inputs = frozenset[str]().union(*(term.inputs for term in self.terms))
@@ -329,8 +325,10 @@ class HeadLoss:
         shape: torch.Size,
         reduction: str,
     ) -> HeadLossOutput:
+        plain = plain_of(self.terms)
+        assert plain is not None
         by_token = reference_head_loss(
-            call.hidden_TD, call.weight_vD, call.labels_T, self.options
+            call.hidden_TD, call.weight_vD, call.labels_T, self.options, *plain
         )
         weights = {term.name: term.weight for term in self.terms}
         if reduction == "none":
@@ -359,17 +357,13 @@ class HeadLoss:
         """How a call with these sizes goes through its logits, and in which memory.
 
         Args:
+            dim: no matter here, but to `LigerHeadLoss.plan`.
             dtype: of the products.
             sharded: whether there are columns on other ranks.
             teacher_dtype: of a teacher's logits; None for `dtype`.
         """
         wide = torch.promote_types(dtype, torch.float32)
-        if self.impl == "reference":
-            # Beside them autograd keeps the softmax, and needs its gradient.
-            num_bytes = 3 * wide.itemsize + (0 if wide == dtype else dtype.itemsize)
-            return make_plan(
-                num_tokens, max(1, num_tokens), num_columns, dtype.itemsize, num_bytes
-            )
+        assert self.impl == "chunked"  # "reference" has all logits at one time
         # The gradient takes the place of the logits. A teacher has its own; CPUs have no
         # product of narrow numbers with a float32 sum, so there they are widened.
         num_bytes = dtype.itemsize

@@ -30,12 +30,11 @@ class Metrics:
     """What is reported beside the terms."""
 
     def __init__(self, terms: Sequence[Term]) -> None:
-        self._entropy = "entropy" in needs_of(terms)
-        own = ["accuracy", "max_prob"] + ["entropy"] * self._entropy
-        of_terms = [f"{t.name}/{name}" for t in terms for name in t.metric_names]
-        self._order = sorted(own + of_terms, key=is_extreme)  # stable: sums first
-        self._position = [(own + of_terms).index(name) for name in self._order]
-        self.names = tuple(self._order)
+        names = ["accuracy", "max_prob"]
+        if "entropy" in needs_of(terms):
+            names.append("entropy")
+        names += [f"{t.name}/{name}" for t in terms for name in t.metric_names]
+        self.names = tuple(sorted(names, key=is_extreme))  # stable: sums first
         self._num_sums = sum(not is_extreme(name) for name in self.names)
 
     def of_rows(
@@ -52,17 +51,18 @@ class Metrics:
         Args:
             right_C: whether no logit is larger than the label's.
         """
-        values = [right_C, stats.max_logp.exp()]
-        if self._entropy:
-            assert stats.entropy is not None
-            values.append(stats.entropy)
+        values = {"accuracy": right_C, "max_prob": stats.max_logp.exp()}
+        if stats.entropy is not None:
+            values["entropy"] = stats.entropy
         for term in terms:
-            values.extend(_metrics(term, stats, rows, sequences))
-        values = [x.to(stats.logp.dtype) for x in values]
+            of_term = _metrics(term, stats, rows, sequences)
+            for name, x in zip(term.metric_names, of_term, strict=True):
+                values[f"{term.name}/{name}"] = x
+        numbers = [values[name].to(stats.logp.dtype) for name in self.names]
         values_MC = torch.stack(
             [
-                -values[i] if name.endswith("/min") else values[i]
-                for i, name in zip(self._position, self.names, strict=True)
+                -x if name.endswith("/min") else x
+                for name, x in zip(self.names, numbers, strict=True)
             ]
         )
         sums = torch.where(valid_C, values_MC[: self._num_sums], 0.0).sum(dim=1)

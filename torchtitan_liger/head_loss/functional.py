@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from torchtitan_liger.head_loss.engine import EngineImpl, HeadLoss
 from torchtitan_liger.head_loss.options import HeadLossOptions
+from torchtitan_liger.head_loss.terms import plain_terms
 from torchtitan_liger.head_loss.vocab_parallel import replicated, shard_of
 
 
@@ -46,6 +48,10 @@ def linear_cross_entropy(
             and so are the loss and the gradient of `hidden`. The first call with a
             weight exchanges the shards' sizes.
 
+        label_smoothing: share of the target spread evenly over the whole vocabulary, in
+            [0, 1).
+        z_loss: weight of the squared log-sum-exp (PaLM, arXiv:2204.02311, uses 1e-4).
+
     The other settings are the fields of `HeadLossOptions`.
 
     Returns:
@@ -69,14 +75,15 @@ def linear_cross_entropy(
         "logits_memory_mib": logits_memory_mib,
     }
     if torch.compiler.is_compiling():
-        # A number that changes between calls is a constant of a graph only in words.
-        words = {name: _word(x) for name, x in settings.items()}
-        name, error = _prepare(impl, **words)
+        # Dynamo makes a number that changes between calls an input of the graph, but leaves
+        # a string a constant. So numbers travel as strings, without a rounding.
+        encoded = {name: _encode(x) for name, x in settings.items()}
+        name, error = _head_name(impl, **encoded)
         if error:
             raise ValueError(error)
         head_loss = getattr(_heads, name)
     else:
-        head_loss = HeadLoss(options=HeadLossOptions(**settings), impl=impl)
+        head_loss = _head_loss(impl, **settings)
     shard = None
     if tp_group is not None:
         shard = shard_of(weight, tp_group)
@@ -92,20 +99,29 @@ def linear_cross_entropy(
     ).loss
 
 
+def _head_loss(
+    impl: EngineImpl, label_smoothing: float, z_loss: float, **options: Any
+) -> HeadLoss:
+    if not (isinstance(z_loss, int | float) and 0 <= z_loss < math.inf):
+        raise ValueError(f"z_loss must be 0 (off) or a positive number, got {z_loss!r}")
+    terms = plain_terms(label_smoothing, z_loss)
+    return HeadLoss(terms, HeadLossOptions(**options), impl=impl)
+
+
 # Heads of calls in graphs, as attributes: of a list, or a dictionary, a graph knows no more
 # than what was there when its first call was traced.
 _heads = SimpleNamespace()
 
 
-def _word(x: Any) -> Any:
+def _encode(x: Any) -> Any:
     if isinstance(x, float):
         return x.hex()
-    if isinstance(x, int):  # by halves that a float holds: a graph knows no other word
+    if isinstance(x, int):  # by halves, since Dynamo traces `hex` of floats only
         return f"{float(x // 2**32).hex()} {float(x % 2**32).hex()}"
     return x
 
 
-def _number(word: Any) -> Any:
+def _decode(word: Any) -> Any:
     if not isinstance(word, str):
         return word
     high, *low = map(float.fromhex, word.split())
@@ -113,15 +129,18 @@ def _number(word: Any) -> Any:
 
 
 @torch.compiler.assume_constant_result  # a graph finds its head ready-made
-def _prepare(impl: EngineImpl, **words: Any) -> tuple[str, str]:
+def _head_name(impl: EngineImpl, **encoded: Any) -> tuple[str, str]:
     """The name in `_heads` of a head with these settings; or what is wrong with them."""
     try:
-        settings = {name: _number(word) for name, word in words.items()}
-        wanted = HeadLoss(options=HeadLossOptions(**settings), impl=impl)
+        wanted = _head_loss(impl, **{name: _decode(x) for name, x in encoded.items()})
     except ValueError as error:  # which a graph would take for one of its own
         return "", str(error)
-    for name, head_loss in vars(_heads).items():
-        if (head_loss.impl, head_loss.options) == (wanted.impl, wanted.options):
+    for name, head in vars(_heads).items():
+        if (head.impl, head.terms, head.options) == (
+            wanted.impl,
+            wanted.terms,
+            wanted.options,
+        ):
             return name, ""
     name = f"head_{len(vars(_heads))}"
     setattr(_heads, name, wanted)

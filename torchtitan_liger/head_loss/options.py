@@ -12,14 +12,10 @@ ACC_DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True, kw_only=True)
 class HeadLossOptions:
-    """Settings of a linear cross entropy. All have the meaning they have in torch.
+    """Settings of a head loss that all its terms share.
 
-    For one token, with `u = weight @ hidden` and
-    `z = logit_softcap * tanh(u / logit_softcap) / temperature`, the loss is
-
-        (1 - label_smoothing) * -log_softmax(z)[label]
-        + label_smoothing * mean(-log_softmax(z))
-        + z_loss * logsumexp(z) ** 2
+    For one token, with `u = weight @ hidden`, the terms see the logits
+    `logit_softcap * tanh(u / logit_softcap) / temperature`.
 
     Raises:
         ValueError: for a value out of range; the message holds the field and the value.
@@ -27,12 +23,6 @@ class HeadLossOptions:
 
     ignore_index: int = -100
     """Tokens with this label have neither loss nor gradient."""
-
-    label_smoothing: float = 0.0
-    """Share of the target spread evenly over the whole vocabulary, in [0, 1)."""
-
-    z_loss: float = 0.0
-    """Weight of the squared log-sum-exp (PaLM, arXiv:2204.02311, uses 1e-4). 0: off."""
 
     logit_softcap: float = 0.0
     """Bound of the logits (Gemma 2, arXiv:2408.00118, uses 30). 0: off."""
@@ -60,12 +50,6 @@ class HeadLossOptions:
             raise ValueError(
                 f"ignore_index must be an int64, got {self.ignore_index!r}"
             )
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(
-                f"label_smoothing must be in [0, 1), got {self.label_smoothing}"
-            )
-        if self.z_loss < 0:
-            raise ValueError(f"z_loss must be 0 (off) or positive, got {self.z_loss}")
         if self.logit_softcap < 0:
             raise ValueError(
                 f"logit_softcap must be 0 (off) or positive, got {self.logit_softcap}"

@@ -46,7 +46,7 @@ from torchtitan_liger.head_loss.statistics import (
     sums_for,
     unpack,
 )
-from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
+from torchtitan_liger.head_loss.sweeps import Logits, Transform
 from torchtitan_liger.head_loss.terms import Rows, Term, jsd_beta_of, needs_of
 from torchtitan_liger.head_loss.vocab_parallel import VocabShard, add_up, exchange
 
@@ -98,7 +98,7 @@ class Chunk(NamedTuple):
     rows: slice
     logits_Cv: torch.Tensor
     hidden_CD: torch.Tensor
-    teacher: TeacherLogits | None
+    teacher: Logits | None
 
 
 class Softmax(NamedTuple):
@@ -207,7 +207,7 @@ class Passes:
         self._turn = (self._turn + 1) % len(self._buffers)
         return Chunk(rows, logits_Cv, hidden_CD, teacher)
 
-    def _teacher_logits(self, rows: slice) -> TeacherLogits:
+    def _teacher_logits(self, rows: slice) -> Logits:
         teacher, kept_N = self.call.teacher, self.call.kept_N
         assert teacher is not None
         given = teacher.hidden if teacher.logits is None else teacher.logits
@@ -225,9 +225,7 @@ class Passes:
             part = part.to(self.call.scale.dtype)
         if part.stride(1) != 1:
             part = part.contiguous()
-        return TeacherLogits(
-            part, Transform(teacher.logit_softcap, teacher.temperature)
-        )
+        return Logits(part, Transform(teacher.logit_softcap, teacher.temperature))
 
     def start(self, chunk: Chunk) -> Callable[[], Sums]:
         """Sweep 1; gives a function that waits for the other ranks' sums."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import gcd
+from typing import Any
 
 import torch
 
@@ -87,25 +88,14 @@ class WeightGradient:
         total = self._sum_vD
         beta = 0.0 if self._empty else 1.0  # the first chunk overwrites
         self._empty = False
-        if d_logits_Cv.dtype == total.dtype:
-            torch.addmm(total, d_logits_Cv.t(), hidden_CD, beta=beta, out=total)
-        elif d_logits_Cv.is_cuda:
-            torch.addmm(
-                total,
-                d_logits_Cv.t(),
-                hidden_CD,
-                out_dtype=total.dtype,
-                beta=beta,
-                out=total,
-            )
-        else:  # no mixed-precision product on CPUs
-            torch.addmm(
-                total,
-                d_logits_Cv.t().to(total.dtype),
-                hidden_CD.to(total.dtype),
-                beta=beta,
-                out=total,
-            )
+        d_logits_vC, mixed = d_logits_Cv.t(), dict[str, Any]()
+        if d_logits_Cv.dtype != total.dtype:
+            if d_logits_Cv.is_cuda:
+                mixed = {"out_dtype": total.dtype}
+            else:  # no mixed-precision product on CPUs
+                d_logits_vC = d_logits_vC.to(total.dtype)
+                hidden_CD = hidden_CD.to(total.dtype)
+        torch.addmm(total, d_logits_vC, hidden_CD, beta=beta, out=total, **mixed)
 
     def total(self) -> torch.Tensor:
         return self._sum_vD

@@ -17,6 +17,8 @@ def reference_head_loss(
     weight_VD: torch.Tensor,
     labels_T: torch.Tensor,
     options: HeadLossOptions,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """Each term for each token, before its weight; differentiable.
 
@@ -37,11 +39,11 @@ def reference_head_loss(
             logits_TV,
             labels_T,
             ignore_index=options.ignore_index,
-            label_smoothing=options.label_smoothing,
+            label_smoothing=label_smoothing,
             reduction="none",
         )
     }
-    if options.z_loss:
+    if z_loss:
         lse_T = torch.logsumexp(logits_TV, dim=-1)
         terms["z_loss"] = torch.where(valid_T, lse_T.square(), 0.0)
     return terms

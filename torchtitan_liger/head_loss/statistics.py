@@ -266,12 +266,7 @@ def coefficients_of(
     softmax_C = -partials.logp
     if partials.lse is not None:
         softmax_C = softmax_C + partials.lse
-    log_softmax_C: torch.Tensor | None = None
     rest: dict[str, torch.Tensor] = {}
-
-    def add(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
-        return more if total is None else total + more
-
     if partials.uniform_ce is not None:
         softmax_C = softmax_C + partials.uniform_ce
         rest["constant"] = -partials.uniform_ce / vocab_size
@@ -279,7 +274,7 @@ def coefficients_of(
         assert values is not None
         assert values.entropy is not None
         softmax_C = softmax_C - partials.entropy * values.entropy
-        log_softmax_C = -partials.entropy
+        rest["log_softmax"] = -partials.entropy
     if partials.p2 is not None:
         assert values is not None
         assert values.p2 is not None
@@ -295,7 +290,7 @@ def coefficients_of(
         assert values is not None
         assert values.kl_rev is not None
         softmax_C = softmax_C - partials.kl_rev * values.kl_rev
-        log_softmax_C = add(log_softmax_C, partials.kl_rev)
+        rest["log_softmax"] = partials.kl_rev + rest.get("log_softmax", 0.0)
         rest["log_teacher"] = -partials.kl_rev
     if partials.jsd is not None:
         assert mixture is not None
@@ -305,6 +300,4 @@ def coefficients_of(
     if rest.keys() & {"teacher", "log_teacher", "mixture"}:
         rest["teacher_max"] = sums["teacher_max"]
         rest["teacher_sumexp"] = sums["teacher_sumexp"]
-    if log_softmax_C is not None:
-        rest["log_softmax"] = log_softmax_C
     return Coefficients(sums["max"], sums["sumexp"], softmax_C, partials.logp, **rest)

@@ -25,7 +25,7 @@ class Transform(NamedTuple):
     temperature: float = 1.0
 
 
-class TeacherLogits(NamedTuple):
+class Logits(NamedTuple):
     """A second distribution over the same columns."""
 
     logits_Cv: torch.Tensor
@@ -45,7 +45,7 @@ def statistics_sweep(
     sums: Sums,
     *,
     candidates_CK: torch.Tensor | None = None,
-    teacher: TeacherLogits | None = None,
+    teacher: Logits | None = None,
 ) -> None:
     """Fill `sums`, whose dtype is that of the arithmetic, from the logits.
 
@@ -81,20 +81,20 @@ def statistics_sweep(
             t_exp = t_shifted.exp()
             torch.sum(t_exp, dim=1, out=part["teacher_sumexp"])
             if "teacher_shifted_sum" in part:
-                by = _product(t_exp, t_shifted)
-                torch.sum(by, dim=1, out=part["teacher_shifted_sum"])
+                weighted = _product(t_exp, t_shifted)
+                torch.sum(weighted, dim=1, out=part["teacher_shifted_sum"])
             if "student_gap" in part:
-                by = _product(exp, shifted - t_shifted)
-                torch.sum(by, dim=1, out=part["student_gap"])
+                weighted = _product(exp, shifted - t_shifted)
+                torch.sum(weighted, dim=1, out=part["student_gap"])
             if "teacher_gap" in part:
-                by = _product(t_exp, t_shifted - shifted)
-                torch.sum(by, dim=1, out=part["teacher_gap"])
+                weighted = _product(t_exp, t_shifted - shifted)
+                torch.sum(weighted, dim=1, out=part["teacher_gap"])
 
 
 def mixture_sweep(
     logits_Cv: torch.Tensor,
     transform: Transform,
-    teacher: TeacherLogits,
+    teacher: Logits,
     sums: Sums,
     beta: float,
 ) -> torch.Tensor:
@@ -106,9 +106,8 @@ def mixture_sweep(
     shares_2C = sums["max"].new_zeros(2, logits_Cv.shape[0])
     if logits_Cv.shape[1] == 0:
         return shares_2C
+    student, dtype = Logits(logits_Cv, transform), shares_2C.dtype
     for rows in _blocks(logits_Cv):
-        student = TeacherLogits(logits_Cv, transform)
-        dtype = shares_2C.dtype
         log_p = _log_softmax(student, sums["max"], sums["sumexp"], rows, dtype)
         log_q = _log_softmax(
             teacher, sums["teacher_max"], sums["teacher_sumexp"], rows, dtype
@@ -126,7 +125,7 @@ def gradient_sweep(
     coefficients: Coefficients,
     *,
     candidates_CK: torch.Tensor | None = None,
-    teacher: TeacherLogits | None = None,
+    teacher: Logits | None = None,
     jsd_beta: float = 0.5,
 ) -> None:
     """Turn raw logits into the gradient of the loss by them, in place.
@@ -185,7 +184,7 @@ def _general_gradient(
     log_sumexp_C: torch.Tensor,
     by: Coefficients,
     rows: slice,
-    teacher: TeacherLogits | None,
+    teacher: Logits | None,
     beta: float,
 ) -> torch.Tensor:
     """The dense part of the gradient for any coefficients but the constant."""
@@ -216,7 +215,7 @@ def _general_gradient(
 
 
 def _log_softmax(
-    one: TeacherLogits,
+    one: Logits,
     max_C: torch.Tensor,
     sumexp_C: torch.Tensor,
     rows: slice,

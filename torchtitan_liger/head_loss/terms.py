@@ -29,7 +29,6 @@ from typing import Literal
 import torch
 
 from torchtitan_liger.head_loss.calls import per_token
-from torchtitan_liger.head_loss.options import HeadLossOptions
 from torchtitan_liger.head_loss.sequences import Sequences
 from torchtitan_liger.head_loss.statistics import (
     OPTIONAL,
@@ -58,6 +57,11 @@ class Term:
     def inputs(self) -> frozenset[str]:
         """The row inputs that `loss` and `metrics` read."""
         return frozenset()
+
+    @property
+    def jsd_beta(self) -> float:
+        """The teacher's share of the mixture; all terms that need `jsd` have the same."""
+        return 0.5
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -264,12 +268,23 @@ def _log_miss(logp: torch.Tensor) -> torch.Tensor:
     return torch.where(likely, of_likely, of_others)
 
 
-def terms_of(options: HeadLossOptions) -> tuple[Term, ...]:
-    """The terms that the options ask for. A term that is off is not there at all."""
-    terms: list[Term] = [CrossEntropy(options.label_smoothing)]
-    if options.z_loss:
-        terms.append(ZLoss(options.z_loss))
-    return tuple(terms)
+def plain_terms(label_smoothing: float = 0.0, z_loss: float = 0.0) -> tuple[Term, ...]:
+    """Cross entropy, and the z-loss of this weight unless it is 0."""
+    cross_entropy = CrossEntropy(label_smoothing)
+    return (cross_entropy, ZLoss(z_loss)) if z_loss else (cross_entropy,)
+
+
+def plain_of(terms: Sequence[Term]) -> tuple[float, float] | None:
+    """`(label_smoothing, z_loss)` if `terms` are the `plain_terms` of them, else None."""
+    match terms := tuple(terms):
+        case (CrossEntropy(label_smoothing=smoothing),):
+            z_loss = 0.0
+        case (CrossEntropy(label_smoothing=smoothing), ZLoss(weight=z_loss)):
+            pass
+        case _:
+            return None
+    plain = smoothing, z_loss
+    return plain if terms == plain_terms(*plain) else None
 
 
 def needs_of(terms: Sequence[Term]) -> frozenset[str]:
@@ -278,8 +293,8 @@ def needs_of(terms: Sequence[Term]) -> frozenset[str]:
 
 
 def jsd_beta_of(terms: Sequence[Term]) -> float:
-    """The teacher's share of the mixture, the same for all terms that read a JSD."""
-    return next((getattr(t, "jsd_beta", 0.5) for t in terms if "jsd" in t.needs), 0.5)
+    """That of the terms that need a JSD."""
+    return next((t.jsd_beta for t in terms if "jsd" in t.needs), 0.5)
 
 
 def check_terms(terms: Sequence[Term]) -> None:
@@ -328,7 +343,7 @@ def check_terms(terms: Sequence[Term]) -> None:
     metrics = [f"{term.name}/{name}" for term in terms for name in term.metric_names]
     if len(set(metrics)) < len(metrics):
         raise ValueError(f"a head loss needs metrics of different names, got {metrics}")
-    betas = {getattr(term, "jsd_beta", 0.5) for term in terms if "jsd" in term.needs}
+    betas = {term.jsd_beta for term in terms if "jsd" in term.needs}
     if len(betas) > 1:
         raise ValueError(f"a head loss has one beta for its JSD, got {sorted(betas)}")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from torchtitan_liger.head_loss.statistics import SUMS, Coefficients, Sums
-from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
+from torchtitan_liger.head_loss.sweeps import Logits, Transform
 from torchtitan_liger.head_loss.triton_gradients import (
     both_kernel,
     gradient_kernel,
@@ -38,7 +38,7 @@ def statistics_sweep(
     sums: Sums,
     *,
     candidates_CK: torch.Tensor | None = None,
-    teacher: TeacherLogits | None = None,
+    teacher: Logits | None = None,
 ) -> None:
     """As `sweeps.statistics_sweep`; needs `sums` to be rows of one tensor [k, C]."""
     num_rows, num_columns = logits_Cv.shape
@@ -113,9 +113,8 @@ def _part_columns(logits_Cv: torch.Tensor, sums_dtype: torch.dtype) -> int:
     if not logits_Cv.is_cuda or sums_dtype != torch.float32:
         return num_columns
     num_parts = -(-num_columns // BOTH_COLUMNS)
-    return (
-        -(-num_columns // (num_parts * 64)) * 64
-    )  # equal, but where loads are aligned
+    # Equal parts, but for where loads are aligned.
+    return -(-num_columns // (num_parts * 64)) * 64
 
 
 def _is_fast(logits_Cv: torch.Tensor) -> bool:
@@ -127,7 +126,7 @@ def _is_fast(logits_Cv: torch.Tensor) -> bool:
 def mixture_sweep(
     logits_Cv: torch.Tensor,
     transform: Transform,
-    teacher: TeacherLogits,
+    teacher: Logits,
     sums: Sums,
     beta: float,
 ) -> torch.Tensor:
@@ -162,7 +161,7 @@ def gradient_sweep(
     coefficients: Coefficients,
     *,
     candidates_CK: torch.Tensor | None = None,
-    teacher: TeacherLogits | None = None,
+    teacher: Logits | None = None,
     jsd_beta: float = 0.5,
 ) -> None:
     """As `sweeps.gradient_sweep`."""
@@ -240,7 +239,7 @@ def _tile(most: int, unroll: int, logits_Cv: torch.Tensor) -> dict[str, int]:
     }
 
 
-def _transforms(transform: Transform, teacher: TeacherLogits | None) -> dict[str, Any]:
+def _transforms(transform: Transform, teacher: Logits | None) -> dict[str, Any]:
     other = Transform() if teacher is None else teacher.transform
     # As constants: an argument would be rounded to float32.
     return {
@@ -251,7 +250,7 @@ def _transforms(transform: Transform, teacher: TeacherLogits | None) -> dict[str
     }
 
 
-def _teacher_arguments(teacher: TeacherLogits | None) -> tuple[Any, int]:
+def _teacher_arguments(teacher: Logits | None) -> tuple[Any, int]:
     if teacher is None:
         return None, 0
     return teacher.logits_Cv, teacher.logits_Cv.stride(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from torchtitan_liger.head_loss.statistics import SUMS, Coefficients, unpack
-from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
+from torchtitan_liger.head_loss.sweeps import Logits, Transform
 
 C, V, K = 9, 5003, 3  # more columns than one block of the kernels has
 PLAIN = Transform()
@@ -33,7 +33,7 @@ def sums_of(impl, logits, teacher, label, candidates, transform=PLAIN):
         transform,
         sums,
         candidates_CK=candidates,
-        teacher=TeacherLogits(teacher, transform),
+        teacher=Logits(teacher, transform),
     )
     return sums
 

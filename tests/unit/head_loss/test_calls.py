@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers import Problem, full_logits, relative_error
+from tests.helpers import Problem, full_logits, plain_head, relative_error
 from torchtitan_liger.head_loss import (
     HeadLoss,
-    HeadLossOptions,
     Teacher,
     chunking,
     linear_cross_entropy,
@@ -161,7 +160,7 @@ def test_another_ignore_index():
 def test_under_autocast_float32_parameters_get_the_float32_sum():
     """One rounding less than casting the weight outside."""
     problem = Problem(T=300, D=64, V=1000).rounded(torch.bfloat16)
-    truth = problem.run(full_logits(HeadLossOptions()))
+    truth = problem.run(full_logits())
 
     def autocast(loss_of):
         def run(*args):
@@ -170,7 +169,7 @@ def test_under_autocast_float32_parameters_get_the_float32_sum():
 
         return run
 
-    stock = problem.run(autocast(full_logits(HeadLossOptions())), torch.float32)
+    stock = problem.run(autocast(full_logits()), torch.float32)
     ours = problem.run(
         autocast(partial(linear_cross_entropy, reduction="sum")), torch.float32
     )
@@ -265,8 +264,7 @@ def test_a_checkpoint_computes_its_region_again_in_the_backward_pass_alone():
         calls.append(torch._C._current_graph_task_id() != -1)  # in a backward pass
         # Derivatives that are no constants, in four chunks.
         args = hidden.tanh(), problem.weight, problem.labels
-        options = HeadLossOptions(z_loss=0.1, logits_memory_mib=1)
-        return HeadLoss(options=options)(*args).loss
+        return plain_head(z_loss=0.1, logits_memory_mib=1)(*args).loss
 
     gradients = []
     with pytest.MonkeyPatch.context() as patch:
@@ -286,10 +284,10 @@ def test_a_checkpoint_computes_its_region_again_in_the_backward_pass_alone():
 
 def test_a_loss_needs_no_hooks_of_saved_tensors():
     problem = Problem()
-    options = HeadLossOptions(z_loss=0.1)
-    plain = problem.run(lambda *args: HeadLoss(options=options)(*args).loss)
+    head = plain_head(z_loss=0.1)
+    plain = problem.run(lambda *args: head(*args).loss)
     with torch.autograd.graph.disable_saved_tensors_hooks("there are none here"):
-        ours = problem.run(lambda *args: HeadLoss(options=options)(*args).loss)
+        ours = problem.run(lambda *args: head(*args).loss)
     assert torch.equal(ours.d_weight, plain.d_weight)
 
 

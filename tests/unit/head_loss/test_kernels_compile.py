@@ -22,7 +22,7 @@ from torchtitan_liger.head_loss.statistics import (
     sums_for,
     unpack,
 )
-from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
+from torchtitan_liger.head_loss.sweeps import Logits, Transform
 
 C, V, K = 4, 5000, 2
 KERNELS = [name for name in vars(triton_sweeps) if "_kernel" in name]
@@ -108,7 +108,7 @@ def compile_all() -> None:
     dtypes = torch.bfloat16, torch.float64
     for dtype, transform in zip(dtypes, transforms, strict=True):
         logits = torch.zeros(C, V, dtype=dtype)
-        teacher = TeacherLogits(torch.zeros(C, V, dtype=dtype), transform)
+        teacher = Logits(torch.zeros(C, V, dtype=dtype), transform)
         wide = torch.promote_types(dtype, torch.float32)
         sums = unpack(SUMS, torch.zeros(len(SUMS) - 1 + K, C, dtype=wide))
         for needs in NEEDS:

@@ -20,6 +20,7 @@ from torchtitan_liger.head_loss import (
     PolicyGradient,
     Teacher,
     Term,
+    ZLoss,
     engine,
     linear_cross_entropy,
     passes,
@@ -51,7 +52,7 @@ def force_chunks(monkeypatch, tokens_per_chunk):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_equals_full_logits_in_float64(size, settings, tokens_per_chunk):
     problem = Problem(*size)
-    truth = problem.run(full_logits(HeadLossOptions(**settings)))
+    truth = problem.run(full_logits(**settings))
     ours = problem.run(partial(linear_cross_entropy, reduction="sum", **settings))
     assert max(ours.errors(truth).values()) < 1e-12
 
@@ -60,7 +61,7 @@ def test_equals_full_logits_in_float64(size, settings, tokens_per_chunk):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_error_is_at_most_twice_that_of_full_logits(settings, dtype):
     problem = Problem(T=300, D=64, V=1000).rounded(dtype)
-    loss_of = full_logits(HeadLossOptions(**settings))
+    loss_of = full_logits(**settings)
     truth = problem.run(loss_of)
     stock = problem.run(loss_of, dtype).errors(truth)
     ours = problem.run(
@@ -308,7 +309,7 @@ def test_z_loss_off_adds_nothing():
 
 def test_terms_add_up_to_the_loss():
     problem = Problem()
-    head_loss = HeadLoss(options=HeadLossOptions(z_loss=0.01, label_smoothing=0.2))
+    head_loss = HeadLoss([CrossEntropy(0.2), ZLoss(0.01)])
     out = head_loss(problem.hidden, problem.weight, problem.labels, normalizer=7)
     assert set(out.terms) == {"cross_entropy", "z_loss"}
     total = out.terms["cross_entropy"] + 0.01 * out.terms["z_loss"]
@@ -349,7 +350,7 @@ def test_garbage_in_ignored_rows_does_not_reach_the_gradients(impl):
 @pytest.mark.parametrize("scale", [1e-4, 30.0, 1e4])
 def test_extreme_logits(scale):
     problem = Problem(scale=scale)
-    truth = problem.run(full_logits(HeadLossOptions()))
+    truth = problem.run(full_logits())
     ours = problem.run(partial(linear_cross_entropy, reduction="sum"))
     assert max(ours.errors(truth).values()) < 1e-12
 
@@ -362,7 +363,7 @@ def test_confident_tokens_keep_their_gradient():
     problem.labels = torch.arange(64)
     problem.weight[:64].diagonal().add_(torch.linspace(8, 14, 64).double())
     problem = problem.rounded(torch.bfloat16)
-    loss_of = full_logits(HeadLossOptions())
+    loss_of = full_logits()
     truth = problem.run(loss_of)
     stock = problem.run(loss_of, torch.bfloat16).errors(truth)
     ours = problem.run(
@@ -374,7 +375,7 @@ def test_confident_tokens_keep_their_gradient():
 
 def test_many_chunks_in_bfloat16_do_not_wear_out_the_weights_gradient(monkeypatch):
     problem = Problem(T=1024, D=32, V=200, ignored=0).rounded(torch.bfloat16)
-    loss_of = full_logits(HeadLossOptions())
+    loss_of = full_logits()
     truth = problem.run(loss_of)
     stock = problem.run(loss_of, torch.bfloat16).errors(truth)
     force_chunks(monkeypatch, 4)

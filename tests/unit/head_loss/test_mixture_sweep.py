@@ -15,7 +15,7 @@ from tests.unit.head_loss.sweep_cases import (
 )
 from torchtitan_liger.head_loss import sweeps
 from torchtitan_liger.head_loss.statistics import Coefficients
-from torchtitan_liger.head_loss.sweeps import TeacherLogits
+from torchtitan_liger.head_loss.sweeps import Logits
 
 
 def test_a_mixture_with_a_narrower_teacher_is_as_exact(impl):
@@ -34,7 +34,7 @@ def test_a_mixture_with_a_narrower_teacher_is_as_exact(impl):
     )
     results = []
     for run, dtype in ((impl, torch.float32), (sweeps, torch.float64)):
-        u, teacher = z.clone(), TeacherLogits(v.to(dtype), PLAIN)
+        u, teacher = z.clone(), Logits(v.to(dtype), PLAIN)
         shares = run.mixture_sweep(u, PLAIN, teacher, sums, 0.3)
         run.gradient_sweep(
             u, torch.full((C,), -1), PLAIN, by, teacher=teacher, jsd_beta=0.3
@@ -49,7 +49,7 @@ def test_a_mixture_that_is_nearly_one_of_the_two_is_exact(impl, beta):
     z, v = 6 * torch.randn(2, C, V, generator=g)
     shares = []
     for run, dtype in ((impl, torch.float32), (sweeps, torch.float64)):
-        teacher = TeacherLogits(v.to(dtype), PLAIN)
+        teacher = Logits(v.to(dtype), PLAIN)
         sums = sums_of(run, z.to(dtype), teacher.logits_Cv, *NOTHING)
         shares.append(run.mixture_sweep(z.to(dtype), PLAIN, teacher, sums, beta))
     torch.testing.assert_close(shares[0].double(), shares[1], rtol=1e-6, atol=1e-6)
@@ -68,7 +68,7 @@ def test_the_mixture_of_unlikely_words_is_finite_and_of_likely_ones_is_exact(
         for run, dtype in ((impl, torch.float32), (sweeps, torch.float64)):
             z, v = z.to(dtype), v.to(dtype)
             sums = sums_of(run, z, v, *NOTHING)
-            teacher = TeacherLogits(v, PLAIN)
+            teacher = Logits(v, PLAIN)
             shares.append(run.mixture_sweep(z, PLAIN, teacher, sums, beta))
         # Each is a sum of numbers that nearly cancel where student and teacher agree.
         torch.testing.assert_close(shares[0].double(), shares[1], rtol=1e-5, atol=2e-7)
@@ -79,6 +79,6 @@ def test_a_mixture_of_nothing_known_is_unknown(impl, of_teacher):
     z, v, _, _ = draw()
     (v if of_teacher else z)[3, 7] = torch.nan
     sums = sums_of(impl, z, v, *NOTHING)
-    shares = impl.mixture_sweep(z, PLAIN, TeacherLogits(v, PLAIN), sums, 0.5)
+    shares = impl.mixture_sweep(z, PLAIN, Logits(v, PLAIN), sums, 0.5)
     assert shares[:, 3].isnan().all()
     assert shares.isnan().sum() == 2

@@ -18,7 +18,6 @@ from tests.helpers import Problem, full_logits, read_by, relative_error
 from torchtitan_liger.head_loss import (
     CrossEntropy,
     HeadLoss,
-    HeadLossOptions,
     Preference,
     SequencePolicyGradient,
     ZLoss,
@@ -252,8 +251,8 @@ def test_long_sequences_are_as_exact_in_float32(term):
         ).loss
 
     truth = problem.run(loss_of)
-    plain = problem.run(full_logits(HeadLossOptions()), torch.float32)
-    of_plain = plain.errors(problem.run(full_logits(HeadLossOptions())))
+    plain = problem.run(full_logits(), torch.float32)
+    of_plain = plain.errors(problem.run(full_logits()))
     ours = problem.run(loss_of, torch.float32).errors(truth)
     for name in ("d_hidden", "d_weight"):
         assert ours[name] < 2 * of_plain[name], (name, ours, of_plain)

@@ -16,7 +16,7 @@ from tests.unit.head_loss.sweep_cases import (
 )
 from torchtitan_liger.head_loss import sweeps, triton_sweeps
 from torchtitan_liger.head_loss.statistics import Coefficients, unpack
-from torchtitan_liger.head_loss.sweeps import TeacherLogits, Transform
+from torchtitan_liger.head_loss.sweeps import Logits, Transform
 
 
 def product(weights, values):
@@ -121,7 +121,7 @@ def test_the_gradient_is_its_formula(impl, everything, transform):
         transform,
         by,
         candidates_CK=candidates,
-        teacher=TeacherLogits(v, transform),
+        teacher=Logits(v, transform),
         jsd_beta=0.3,
     )
     torch.testing.assert_close(u, expected, rtol=1e-10, atol=1e-12)

@@ -14,7 +14,6 @@ from torchtitan_liger.head_loss import (
     Distillation,
     Focal,
     HeadLoss,
-    HeadLossOptions,
     PolicyGradient,
     Preference,
     ReferenceKL,
@@ -82,8 +81,20 @@ def own(**attributes):
         (lambda: Preference(beta=float("nan")), "positive, got nan"),
         (lambda: HeadLoss(ZLoss(1.0)), r"such as \[ZLoss\(weight=1.0"),
         (lambda: HeadLoss([CrossEntropy]), "such as CrossEntropy\\(\\), got <class"),
-        (lambda: HeadLoss([ZLoss(1.0)], HeadLossOptions(z_loss=1.0)), "of your own"),
-        (lambda: HeadLoss([ZLoss(1.0)], impl="reference"), "default terms only"),
+        (
+            lambda: HeadLoss([ZLoss(1.0)], impl="reference"),
+            r"only, got \(ZLoss\(weight",
+        ),
+        (
+            lambda: HeadLoss([CrossEntropy(), ZLoss(0.0)], impl="reference"),
+            "and, after it, ZLoss",
+        ),
+        (
+            lambda: HeadLoss(
+                [CrossEntropy(0.1, smooth_over="others")], impl="reference"
+            ),
+            "only, got .*others",
+        ),
         (lambda: PolicyGradient("grpo"), "ppo, cispo, reinforce, got 'grpo'"),
         (lambda: PolicyGradient(clip_low=1.5), "clip_low must be in"),
         (lambda: PolicyGradient(importance_cap=0.0), "positive, got 0.0"),

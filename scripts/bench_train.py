@@ -49,7 +49,8 @@ from torchtitan_liger.loss_curves import (
 )
 
 MFU = "mfu(%)"
-FLAG = "--liger_kernel.enable_fused_linear_cross_entropy"
+ON = "--liger_kernel.enable_fused_linear_cross_entropy"
+OFF = "--liger_kernel.no-enable_fused_linear_cross_entropy"
 IMPLS = ("stock", "liger", "chunked", "reference")
 COLUMNS = (
     "config",
@@ -237,10 +238,11 @@ def known_facts(config: Path, impl: str, args: argparse.Namespace) -> Row:
 def measure(config: Path, impl: str, args: argparse.Namespace, size: int = 0) -> Row:
     """Run one job, a trial of this `size` in a search; read speed, memory and loss."""
     row = known_facts(config, impl, args) | {"steps": str(args.steps)}
-    changes = []
-    if impl != "stock":
-        changes += [
-            FLAG,
+    if impl == "stock":
+        changes = [OFF]  # whatever the TOML says
+    else:
+        changes = [
+            ON,
             f"--liger_kernel.impl={impl}",
             "--liger_kernel.fallback=error",
         ]

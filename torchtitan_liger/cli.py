@@ -24,8 +24,8 @@ def prepare_argv(argv: Sequence[str]) -> list[str]:
     - `--liger_kernel.key False` becomes `--liger_kernel.no-key`, and
       `--liger_kernel.key True` `--liger_kernel.key`; so for `--training.compile`.
     - `--training.compile` becomes `--compile.enable`, in the TOML as well.
-    - An assets path in the TOML that does not exist from here but does beside this
-      package (our own tokenizer) is given as an absolute path.
+    - An assets path that does not exist from here but does beside this package (our own
+      tokenizer) is given as an absolute path.
     """
     prepared: list[str] = []
     for argument in argv:
@@ -41,15 +41,18 @@ def prepare_argv(argv: Sequence[str]) -> list[str]:
         if match := older.fullmatch(argument):
             prepared[i] = _switch("--compile.enable", not match[1])
 
+    option = re.compile(r"--model\.hf[-_]assets[-_]path")
+    for i, argument in enumerate(prepared):
+        flag, _, value = argument.partition("=")
+        if option.fullmatch(flag) and value:
+            prepared[i] = f"{flag}={_beside_the_package(value)}"
+        elif i and option.fullmatch(prepared[i - 1]):
+            prepared[i] = _beside_the_package(argument)
     # What the TOML says goes first, so that the user's own arguments win.
     toml = read_toml(argv)[1]
     assets = value_of(toml, "model", "hf_assets_path")
-    if (
-        isinstance(assets, str)
-        and not os.path.exists(assets)
-        and (PACKAGE_PARENT / assets).exists()
-    ):
-        prepared.insert(0, f"--model.hf_assets_path={PACKAGE_PARENT / assets}")
+    if isinstance(assets, str) and (path := _beside_the_package(assets)) != assets:
+        prepared.insert(0, f"--model.hf_assets_path={path}")
     compiled = value_of(toml, "training", "compile")
     if isinstance(compiled, bool) and value_of(toml, "compile", "enable") is None:
         prepared.insert(0, _switch("--compile.enable", compiled))
@@ -82,6 +85,11 @@ def read_toml(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
             return path, tomllib.load(file)
     except (OSError, tomllib.TOMLDecodeError):
         return path, {}
+
+
+def _beside_the_package(path: str) -> str:
+    beside = PACKAGE_PARENT / path
+    return path if os.path.exists(path) or not beside.exists() else str(beside)
 
 
 def _is_switch(flag: str) -> bool:

@@ -84,20 +84,21 @@ class HeadLossPlan:
         rows = {name: batch[name] for name in batch if name in names}
         return rows, {name: batch[name] for name in batch if name not in for_head}
 
-    def check_rows(self, rows: Tensors, others: Tensors) -> None:
-        """Whether a batch, split by `split_batch`, can be trained on.
+    def check_batch(self, batch: Tensors) -> None:
+        """Whether a batch has what the terms read.
 
         Raises:
             ValueError: for a tensor that a term reads and the batch lacks, or one that the
                 implementation does not take.
         """
         for name, reader in self.row_inputs.items():
-            if name not in rows:
+            if name not in batch:
                 raise ValueError(
                     f"the batch has no {name}, which {reader} reads; it has "
-                    f"{', '.join(sorted({*rows, *others}))}"
+                    f"{', '.join(sorted(batch))}. Your dataloader puts it beside input; "
+                    f"or leave {reader} out"
                 )
-        if TOKEN_WEIGHTS in rows and self.impl == "liger":
+        if TOKEN_WEIGHTS in batch and self.impl == "liger":
             raise ValueError(
                 f"the batch has {TOKEN_WEIGHTS}, which Liger-Kernel does not know: use "
                 "--liger_kernel.impl chunked"

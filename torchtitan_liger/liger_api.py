@@ -192,7 +192,7 @@ class LigerHeadLoss:
         )
         const = chunk_mem_const(num_tokens, dim, vocab_size, dtype.itemsize, budget)
         rows = liger_rows(num_tokens, dim, vocab_size, const)
-        return make_plan(num_tokens, rows, vocab_size, dtype.itemsize, dtype.itemsize)
+        return make_plan(num_tokens, rows, vocab_size, dtype.itemsize)
 
 
 class _LigerFunction(torch.autograd.Function):

@@ -105,8 +105,8 @@ class LigerTrainer(Trainer):
             )
         input_dict = dict(input_dict)
         num_labeled: Any = input_dict.pop(NUM_LABELED, None)
+        self.head_loss_plan.check_batch(input_dict)
         rows, input_dict = self.head_loss_plan.split_batch(input_dict)
-        self.head_loss_plan.check_rows(rows, input_dict)
         inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(
             input_dict, labels
         )

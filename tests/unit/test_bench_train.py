@@ -25,6 +25,8 @@ STUB = """\
 import os, sys, time
 options = dict(a.partition("=")[::2] for a in sys.argv[1:])
 impl = options.get("--liger_kernel.impl", "stock")
+off = "--liger_kernel.no-enable_fused_linear_cross_entropy" in options
+assert off == (impl == "stock"), "the TOML may have the flag on"
 length = int(options.get("--training.seq_len", 64))
 batch = int(options.get("--training.local_batch_size", 8))
 with open(os.environ["STUB_CALLS"], "a") as calls:

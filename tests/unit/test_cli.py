@@ -46,8 +46,14 @@ def test_our_assets_are_found_from_any_folder(tmp_path, monkeypatch):
         f"--model.hf_assets_path={PACKAGE_PARENT / ASSETS}",
         *argv,
     ]
+    path = str(PACKAGE_PARENT / ASSETS)
+    for option in ("--model.hf_assets_path", "--model.hf-assets-path"):
+        assert prepare_argv([f"{option}={ASSETS}"]) == [f"{option}={path}"]
+        typed = [option, ASSETS, "--training.steps", "3"]
+        assert prepare_argv(typed) == [option, path, "--training.steps", "3"]
     (tmp_path / ASSETS).mkdir(parents=True)  # the user's own of that name wins
     assert prepare_argv(argv) == argv
+    assert prepare_argv([f"--model.hf_assets_path={ASSETS}"])[0].endswith(f"={ASSETS}")
 
 
 @pytest.mark.parametrize(
@@ -72,6 +78,8 @@ def test_other_assets_are_left_alone(tmp_path):
     config = tmp_path / "c.toml"
     config.write_text('[model]\nhf_assets_path = "assets/hf/Llama-3.1-8B"\n')
     argv = [f"--job.config-file={config}"]
+    assert prepare_argv(argv) == argv
+    argv += ["--model.hf_assets_path", "assets/hf/Llama-3.1-8B"]
     assert prepare_argv(argv) == argv
 
 

@@ -29,7 +29,7 @@ def test_the_decoder_gets_what_is_for_no_term():
     rows, rest = PPO.split_batch({"input": TOKENS, "positions": TOKENS, **batch})
     assert rows.keys() == batch.keys()
     assert list(rest) == ["input", "positions"]
-    PPO.check_rows(rows, rest)
+    PPO.check_batch({"input": TOKENS, **batch})
     rows, rest = PLAIN.split_batch({"input": TOKENS, "mine": TOKENS, **batch})
     assert list(rows) == ["token_weights"]
     assert list(rest) == ["input", "mine"]
@@ -46,16 +46,16 @@ def test_a_missing_tensor_is_named_with_its_reader_and_what_is_there():
     with pytest.raises(
         ValueError,
         match="the batch has no old_logp, which head_loss.policy_gradient reads; "
-        "it has advantages, input",
+        "it has advantages, input, ref_logp. .* or leave head_loss.policy_gradient out",
     ):
-        PPO.check_rows({"advantages": ROWS}, {"input": TOKENS})
+        PPO.check_batch({"advantages": ROWS, "ref_logp": ROWS, "input": TOKENS})
 
 
 def test_liger_knows_no_token_weights():
     plan = HeadLossPlan(True, "liger", HeadLossOptions())
-    plan.check_rows({}, {"input": TOKENS})
+    plan.check_batch({"input": TOKENS})
     with pytest.raises(ValueError, match="--liger_kernel.impl chunked"):
-        plan.check_rows({"token_weights": ROWS}, {"input": TOKENS})
+        plan.check_batch({"token_weights": ROWS, "input": TOKENS})
 
 
 def test_validation_is_by_cross_entropy_alone():

@@ -164,9 +164,10 @@ def memory_plan(caplog, head_loss, **dims):
     return caplog.text
 
 
-@pytest.mark.parametrize(("fsdp", "mib"), [(True, 64), (False, 128)])
+@pytest.mark.parametrize(("fsdp", "mib"), [(True, 192), (False, 128)])
 def test_the_memory_plan_is_in_the_jobs_dtype(caplog, fsdp, mib):
-    """torchtitan mixes no precisions under tensor parallelism alone."""
+    """torchtitan mixes no precisions under tensor parallelism alone. Where it does, a CPU
+    has each bfloat16 number in float32 as well, for the products."""
     dims = {"tp": 2, "tp_enabled": True, "fsdp_enabled": fsdp}
     text = memory_plan(caplog, HeadLoss(), **dims)
     assert f"all logits would take {mib}.0 MiB" in text

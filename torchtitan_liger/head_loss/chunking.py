@@ -25,7 +25,7 @@ class ChunkPlan:
     tokens_per_chunk: int
     num_chunks: int
     logits_bytes: int  # the most that logits and what they turn into take at one time
-    full_logits_bytes: int  # what the logits of all tokens alone would take
+    full_logits_bytes: int  # what those of all tokens would take
 
     def __str__(self) -> str:
         return (
@@ -52,9 +52,9 @@ def plan_chunks(
     num_tokens: int,
     vocab_size: int,
     *,
-    itemsize: int,
     bytes_per_logit: int,
     budget: int,
+    num_buffers: int = 1,
 ) -> ChunkPlan:
     """Cut `num_tokens` into the fewest equal chunks whose logits fit into `budget` bytes.
 
@@ -63,16 +63,17 @@ def plan_chunks(
 
     Args:
         vocab_size: columns on this rank.
-        itemsize: bytes of one logit.
-        bytes_per_logit: bytes that the engine needs for each logit of a chunk.
+        bytes_per_logit: what a logit and what it turns into take.
+        num_buffers: chunks that exist at one time.
     """
-    most = max(1, budget // max(1, vocab_size * bytes_per_logit))
+    row_bytes = vocab_size * bytes_per_logit * num_buffers
+    most = max(1, budget // max(1, row_bytes))
     # Matrix products like full tiles, and the last chunk should not be a scrap.
     tile = next((t for t in (128, 64, 32, 16) if most >= 4 * t), 1)
     most -= most % tile
     rows = _cdiv(num_tokens, max(1, _cdiv(num_tokens, most)))
     rows = max(1, min(_cdiv(rows, tile) * tile, num_tokens))
-    return make_plan(num_tokens, rows, vocab_size, itemsize, bytes_per_logit)
+    return make_plan(num_tokens, rows, vocab_size, bytes_per_logit, num_buffers)
 
 
 def align_chunks(plan: ChunkPlan, num_tokens: int, unit: int) -> ChunkPlan | None:
@@ -87,15 +88,16 @@ def make_plan(
     num_tokens: int,
     tokens_per_chunk: int,
     vocab_size: int,
-    itemsize: int,
     bytes_per_logit: int,
+    num_buffers: int = 1,
 ) -> ChunkPlan:
     """The plan for a given chunk size; the arguments are those of `plan_chunks`."""
+    at_once = min(tokens_per_chunk, num_tokens) * num_buffers
     return ChunkPlan(
         tokens_per_chunk=tokens_per_chunk,
         num_chunks=_cdiv(num_tokens, tokens_per_chunk),
-        logits_bytes=min(tokens_per_chunk, num_tokens) * vocab_size * bytes_per_logit,
-        full_logits_bytes=num_tokens * vocab_size * itemsize,
+        logits_bytes=at_once * vocab_size * bytes_per_logit,
+        full_logits_bytes=num_tokens * vocab_size * bytes_per_logit,
     )
 
 

@@ -381,10 +381,10 @@ class HeadLoss:
             plan_chunks,
             num_tokens,
             num_columns,
-            itemsize=dtype.itemsize,
+            bytes_per_logit=num_bytes,
             budget=budget,
         )
-        plan = plan_with(bytes_per_logit=num_bytes)
-        if sharded and plan.num_chunks > 1:  # else there is no next product
-            plan = plan_with(bytes_per_logit=num_bytes * num_buffers)
+        plan = plan_with(num_buffers=1)
+        if plan.num_chunks > 1:  # else there is no next product
+            plan = plan_with(num_buffers=num_buffers)
         return plan

@@ -78,12 +78,12 @@ class Term:
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         """The loss of each token, [C], before `weight`.
 
-        A chunk's tokens come together, other ones in each pass: a loss that looks at
+        A statistic is None unless it is in `needs`. A chunk's tokens come together, other ones in each pass: a loss that looks at
         other tokens, as at a mean over them, is a `SequenceTerm`. It is asked several
         times, and has to give the same each time; it may not change what it reads, and
         has no parameters to learn.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no loss(stats, rows)")
 
     def metrics(self, stats: Statistics, rows: Rows) -> Sequence[torch.Tensor]:
         """Numbers to report of each token, [C] each; without gradient."""
@@ -107,8 +107,10 @@ class SequenceTerm(Term):
     def sequence_loss(
         self, stats: Statistics, rows: Rows, sequences: Sequences
     ) -> torch.Tensor:
-        """The loss of each token, [C], before `weight`."""
-        raise NotImplementedError
+        """The loss of each token, [C], before `weight`; instead of `loss`."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no sequence_loss(stats, rows, sequences)"
+        )
 
     def sequence_metrics(
         self, stats: Statistics, rows: Rows, sequences: Sequences

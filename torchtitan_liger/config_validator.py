@@ -341,9 +341,8 @@ def _requested(job: JobConfig) -> HeadLossPlan:
         )
     terms, options = terms_and_options(head_loss, options)
     if not config.enable_fused_linear_cross_entropy:
-        return HeadLossPlan(False, "stock", options)
+        return HeadLossPlan("stock", options)
     return HeadLossPlan(
-        enabled=True,
         impl="liger" if config.impl == "auto" else config.impl,
         options=options,
         terms=terms,

@@ -42,7 +42,6 @@ def inputs_of(term: Term) -> set[str]:
 class HeadLossPlan:
     """What computes the loss of a job, and why."""
 
-    enabled: bool
     impl: Literal["liger", "chunked", "reference", "stock"]
     options: HeadLossOptions
     terms: tuple[Term, ...] = (CrossEntropy(),)
@@ -56,10 +55,15 @@ class HeadLossPlan:
     warning: str = ""
     """What the user has to hear about the choice; empty if nothing."""
 
+    @property
+    def enabled(self) -> bool:
+        """Whether the head computes the loss; otherwise training is torchtitan's own."""
+        return self.impl != "stock"
+
     def head_loss(self) -> HeadLoss | LigerHeadLoss:
         if self.impl == "liger":
             return LigerHeadLoss(self.terms, self.options)
-        assert self.impl != "stock"
+        assert self.impl != "stock", "torchtitan's own loss"
         return HeadLoss(self.terms, self.options, impl=self.impl)
 
     def plain_cross_entropy(self) -> HeadLoss | LigerHeadLoss:

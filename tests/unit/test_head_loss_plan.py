@@ -18,9 +18,9 @@ from torchtitan_liger.head_loss_plan import FOR_TERMS, HeadLossPlan, inputs_of
 
 TOKENS = torch.zeros(2, 8, dtype=torch.long)
 ROWS = torch.zeros(2, 8)
-PLAIN = HeadLossPlan(True, "chunked", HeadLossOptions())
+PLAIN = HeadLossPlan("chunked", HeadLossOptions())
 PPO = HeadLossPlan(
-    True, "chunked", HeadLossOptions(), (CrossEntropy(weight=0.0), PolicyGradient())
+    "chunked", HeadLossOptions(), (CrossEntropy(weight=0.0), PolicyGradient())
 )
 
 
@@ -52,7 +52,7 @@ def test_a_missing_tensor_is_named_with_its_reader_and_what_is_there():
 
 
 def test_liger_knows_no_token_weights():
-    plan = HeadLossPlan(True, "liger", HeadLossOptions())
+    plan = HeadLossPlan("liger", HeadLossOptions())
     plan.check_batch({"input": TOKENS})
     with pytest.raises(ValueError, match="--liger_kernel.impl chunked"):
         plan.check_batch({"token_weights": ROWS, "input": TOKENS})
@@ -61,7 +61,7 @@ def test_liger_knows_no_token_weights():
 def test_validation_is_by_cross_entropy_alone():
     options = HeadLossOptions(logit_softcap=30.0)
     terms = (CrossEntropy(0.1), ZLoss(1e-4))
-    loss = HeadLossPlan(True, "liger", options, terms).plain_cross_entropy()
+    loss = HeadLossPlan("liger", options, terms).plain_cross_entropy()
     assert loss.terms == (CrossEntropy(),)
     assert loss.options == options
     assert PPO.plain_cross_entropy().terms == (CrossEntropy(),)

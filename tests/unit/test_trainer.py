@@ -42,7 +42,7 @@ def trainer(monkeypatch):
     monkeypatch.setattr(Trainer, "train_step", train_step)
     trainer = LigerTrainer.__new__(LigerTrainer)
     trainer.head_loss_plan = HeadLossPlan(
-        True, "chunked", HeadLossOptions(), (CrossEntropy(), ZLoss(0.0))
+        "chunked", HeadLossOptions(), (CrossEntropy(), ZLoss(0.0))
     )
     trainer.head_loss_report = HeadLossReport()
     trainer.num_tokens, trainer.weighted = torch.tensor(8.0), False
@@ -126,13 +126,13 @@ def test_a_custom_import_comes_before_what_it_registers_is_looked_up(
 
 def test_torchtitans_own_loss_has_no_terms_to_log(trainer):
     trainer.step = 2
-    trainer.head_loss_plan = HeadLossPlan(False, "stock", HeadLossOptions())
+    trainer.head_loss_plan = HeadLossPlan("stock", HeadLossOptions())
     trainer.train_step(iter(()))
     assert trainer.logged == {}
 
 
 def test_torchtitans_own_loss_would_ignore_what_terms_read(trainer):
-    trainer.head_loss_plan = HeadLossPlan(False, "stock", HeadLossOptions())
+    trainer.head_loss_plan = HeadLossPlan("stock", HeadLossOptions())
     tokens_BL = torch.zeros(1, 8, dtype=torch.long)
     batch = {"input": tokens_BL, "old_logp": tokens_BL, "advantages": tokens_BL}
     with pytest.raises(ValueError, match="advantages, old_logp, which .* would ignore"):

@@ -55,7 +55,7 @@ class Loader:
         return self.iterator
 
 
-PLAIN = HeadLossPlan(True, "chunked", HeadLossOptions())
+PLAIN = HeadLossPlan("chunked", HeadLossOptions())
 
 
 def validate(model, batches, steps=-1, plan=PLAIN):
@@ -156,7 +156,7 @@ def test_validation_is_plain_cross_entropy_whatever_is_trained_on():
     plain = validate(model, [batch(9)])
     terms = (CrossEntropy(0.1), PolicyGradient())
     model.output.head_loss = HeadLoss(terms)
-    plan = HeadLossPlan(True, "chunked", HeadLossOptions(), terms)
+    plan = HeadLossPlan("chunked", HeadLossOptions(), terms)
     assert validate(model, [batch(9)], plan=plan) == plain
     # What the terms read in training is kept from the decoder.
     inputs, labels = batch(9)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -43,14 +44,7 @@ def parallelize(
     if not plan.enabled:
         model = parallelize_decoder(model, parallel_dims, job_config)
     else:
-        head = model.output
-        if not isinstance(head, LMHead):
-            raise ValueError(
-                f"the LM head became {type(head).__name__} by model.converters = "
-                f"{job_config.model.converters}; keep the converter away from it with "
-                "its filter_fqns = ['output'], or turn "
-                "liger_kernel.enable_fused_linear_cross_entropy off"
-            )
+        head = _plain_head(model, job_config)
         model = _parallelize_around_head(
             parallelize_decoder, model, head, parallel_dims, job_config
         )
@@ -62,6 +56,32 @@ def parallelize(
                 # gloo has no scaled sum
                 module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _plain_head(model: nn.Module, job_config: JobConfig) -> LMHead:
+    """
+    Raises:
+        ValueError: for a head that a converter has made compute something else.
+    """
+    head = model.output
+    if type(head) is LMHead:
+        weight = type(head.weight.data)  # a subclass may have products of its own
+        if weight is not torch.Tensor:
+            became = f"one with a weight of {weight.__name__}"
+        elif head.bias is not None:
+            became = "one with a bias"
+        elif "forward" in vars(head):
+            became = "one with another forward"
+        else:
+            return head
+    else:
+        became = type(head).__name__
+    raise ValueError(
+        f"the LM head became {became} by model.converters = "
+        f"{job_config.model.converters}; keep the converter away from it with its "
+        "filter_fqns = ['output'], or turn "
+        "liger_kernel.enable_fused_linear_cross_entropy off"
+    )
 
 
 def early_gather(model: nn.Module) -> Callable[[], None]:

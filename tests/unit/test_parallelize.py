@@ -1,0 +1,72 @@
+"""A head that a converter has changed is refused before anything is sharded."""
+
+from __future__ import annotations
+
+from types import MethodType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torchtitan.config import ConfigManager
+
+from torchtitan_liger import models, parallelize
+from torchtitan_liger.config_validator import FLAG
+from torchtitan_liger.lm_head import LMHead
+
+
+class Quantized(torch.Tensor):
+    """Such as torchao's, whose products are others."""
+
+
+def quantize(head):
+    head.weight = nn.Parameter(head.weight.detach().as_subclass(Quantized))
+
+
+def add_bias(head):
+    head.bias = nn.Parameter(torch.zeros(head.out_features))
+
+
+def replace_forward(head):
+    head.forward = MethodType(lambda self, hidden: hidden @ self.weight.t() / 2, head)
+
+
+@pytest.mark.parametrize(
+    ("convert", "became"),
+    [
+        (quantize, "one with a weight of Quantized"),
+        (add_bias, "one with a bias"),
+        (replace_forward, "one with another forward"),
+        (weight_norm, "ParametrizedLMHead"),
+    ],
+)
+def test_a_head_that_a_converter_changed_is_refused(convert, became):
+    models.register("llama3")
+    job = ConfigManager().parse_args(
+        [
+            "--job.custom_config_module=torchtitan_liger.job_config",
+            "--model.name=llama3",
+            "--model.flavor=debugmodel",
+            "--model.converters=mine",
+            f"--{FLAG}",
+            "--liger_kernel.impl=chunked",
+        ]
+    )
+    model = nn.Module()
+    model.output = LMHead.from_linear(nn.Linear(8, 16, bias=False))
+
+    def shard_decoder(*_):
+        raise AssertionError("sharded before it was looked at")
+
+    with pytest.raises(AssertionError, match="before it was looked at"):
+        parallelize_with(shard_decoder, model, job)
+    model.output = LMHead.from_linear(nn.Linear(8, 16, bias=False))
+    convert(model.output)
+    with pytest.raises(ValueError, match=rf"became {became} by .*\['mine'\]"):
+        parallelize_with(shard_decoder, model, job)
+
+
+def parallelize_with(shard_decoder, model, job):
+    model.tok_embeddings = nn.Embedding(16, 8)
+    dims = SimpleNamespace(tp_enabled=False)
+    parallelize.parallelize(shard_decoder, model, dims, job)

@@ -78,8 +78,8 @@ def _plain_head(model: nn.Module, job_config: JobConfig) -> LMHead:
         became = type(head).__name__
     raise ValueError(
         f"the LM head became {became} by model.converters = "
-        f"{job_config.model.converters}; keep the converter away from it with its "
-        "filter_fqns = ['output'], or turn "
+        f"{job_config.model.converters}; keep the converter away from it (torchtitan's "
+        "have filter_fqns = ['output']), or turn "
         "liger_kernel.enable_fused_linear_cross_entropy off"
     )
 
@@ -146,7 +146,8 @@ def _parallelize_around_head(
     if parallel_dims.tp_enabled:
         head.tp_mesh = parallel_dims.get_mesh("tp")
         head.weight = nn.Parameter(
-            distribute_tensor(head.weight, head.tp_mesh, [Shard(0)])
+            distribute_tensor(head.weight, head.tp_mesh, [Shard(0)]),
+            requires_grad=head.weight.requires_grad,
         )
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         _shard_data_parallel(

@@ -317,6 +317,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     a_backward_pass_that_fails,
     weights_changed_by_a_data_pipeline,
     preflight_checks.preflight_passes,
+    preflight_checks.preflight_of_frozen_parts,
     preflight_checks.preflight_catches,
 )
 

@@ -8,11 +8,14 @@ from typing import Any
 from unittest import mock
 
 from tests.distributed import matrix
-from tests.distributed.layouts import LAYOUTS
+from tests.distributed.layouts import FSDP, LAYOUTS, TP, Case
 
 import torch  # isort: skip
 import torch.distributed as dist  # isort: skip
 from torch.distributed.tensor import DTensor, Replicate  # isort: skip
+from torchtitan.protocols.model_converter import (  # isort: skip
+    register_model_converter,
+)
 from torchtitan_liger import lm_head, preflight  # isort: skip
 from torchtitan_liger.head_loss import (  # isort: skip
     HeadLoss,
@@ -39,6 +42,41 @@ def preflight_passes() -> dict[str, Any]:
         assert trainer.lm_head.num_fused_calls == 0
         assert model.training
         trainer.close()
+    return lines
+
+
+class FrozenHead:
+    """A converter, as for adapters in a model that does not learn."""
+
+    head, decoder = False, True
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def convert(self, model: torch.nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            learns = self.head if name == "output.weight" else self.decoder
+            parameter.requires_grad_(learns)
+
+    def post_optimizer_hook(self, *_: Any) -> None:
+        pass
+
+
+class FrozenDecoder(FrozenHead):
+    head, decoder = True, False
+
+
+def preflight_of_frozen_parts() -> dict[str, str]:
+    """The line of each layout. What is frozen stays so."""
+    lines = {}
+    for kind in (FrozenHead, FrozenDecoder):
+        register_model_converter(kind, kind.__name__)
+        for options in (f"{TP}=2", f"{FSDP}=2"):
+            options = f"{options} model.converters={kind.__name__}"
+            trainer = matrix.build_trainer(Case("frozen", 2, options), fused=True)
+            lines[options] = str(run_preflight(trainer))
+            assert trainer.lm_head.weight.requires_grad is kind.head
+            trainer.close()
     return lines
 
 

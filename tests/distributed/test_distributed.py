@@ -195,6 +195,15 @@ def test_preflight_passes_and_leaves_no_trace(layout, launch):
 
 
 @pytest.mark.slow
+def test_preflight_passes_where_parts_are_frozen(launch):
+    lines = launch("tests.distributed.checks", 2)[0]["preflight_of_frozen_parts"]
+    assert len(lines) == 4
+    for options, line in lines.items():
+        assert line.startswith("Preflight passed: chunked head in")
+        assert ("d_weight" in line) == options.endswith("FrozenDecoder")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "error"), PLANTED, ids=lambda x: getattr(x, "__name__", x)
 )

@@ -12,7 +12,7 @@ logits are computed once more in the backward pass. Nothing here waits for a GPU
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from torchtitan_liger.head_loss.statistics import (
     Partials,
     Statistics,
 )
+from torchtitan_liger.head_loss.terms import slopes_of
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
@@ -83,9 +84,8 @@ class ChunkedHeadLoss(torch.autograd.Function):
         if d_token_weights_N is not None:
             d_token_weights_N = d_token_weights_N * grad_loss
         if ctx.later:
-            hidden_TD, weight_vD, *_ = saved
             by_N = grad_loss.expand(len(ctx.call.labels_N))
-            grads = _later_gradients(ctx, hidden_TD, weight_vD, by_N)
+            grads = _later_gradients(ctx, saved, by_N)
             return *grads, d_token_weights_N, None
         scaled = (
             None if grad is None else scale_gradient(grad, grad_loss, dtype)
@@ -123,26 +123,27 @@ class ChunkedTokenLosses(torch.autograd.Function):
     @staticmethod
     @without_second_derivative
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_TD, weight_vD, *_ = ctx.saved_tensors
         by_N = grad_N.to(ctx.call.scale.dtype)
-        return *_later_gradients(ctx, hidden_TD, weight_vD, by_N), None
+        return *_later_gradients(ctx, ctx.saved_tensors, by_N), None
 
 
 def _later_gradients(
-    ctx: Any, hidden_TD: torch.Tensor, weight_vD: torch.Tensor, by_N: torch.Tensor
+    ctx: Any, saved: Sequence[torch.Tensor], by_N: torch.Tensor
 ) -> Iterator[torch.Tensor | None]:
     """Of hidden states and weight, in their dtypes, from the logits computed once more.
 
     Args:
         ctx: has the `call`, its `softmax`, and the `partials` of a loss.
+        saved: hidden states, weight, and what `call.read_again` gave, as autograd kept it.
         by_N: how often each token's loss counts.
     """
     need_d_hidden, need_d_weight, *_ = ctx.needs_input_grad
+    hidden_TD, weight_vD, *again = saved
     with torch.autocast(hidden_TD.device.type, enabled=False):
         passes = Passes(
             hidden_TD,
             weight_vD,
-            ctx.call,
+            ctx.call.reading(again),
             need_d_hidden=need_d_hidden,
             need_d_weight=need_d_weight,
         )
@@ -254,13 +255,14 @@ def _one_by_one(passes: Passes) -> Iterator[tuple[slice, Softmax, Chunk]]:
 
 
 def _slopes_are_constant(call: HeadCall) -> bool:
-    return all(term.slopes is not None for term in call.terms if term.weight)
+    return all(slopes_of(term) is not None for term in call.terms if term.weight)
 
 
 def _at_once(call: HeadCall) -> bool:
     """Whether a row's gradient needs nothing but the row: no other ranks' columns, no
     other tokens, and no statistic that is known only when the row has been read."""
-    read = {name for term in call.terms if term.weight for name in term.slopes or ()}
+    terms = [term for term in call.terms if term.weight]
+    read = {name for term in terms for name in slopes_of(term) or ()}
     return (
         call.shard is None
         and not call.two_phase

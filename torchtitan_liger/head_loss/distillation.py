@@ -133,7 +133,7 @@ class Distillation(Term):
         return {name: 1.0}
 
     @property
-    def jsd_beta(self) -> float:
+    def jsd_beta(self) -> float:  # type: ignore[override]
         return self.beta
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:

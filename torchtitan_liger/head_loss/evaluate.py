@@ -23,6 +23,7 @@ from torchtitan_liger.head_loss.terms import (
     SequenceTerm,
     Term,
     needs_of,
+    slopes_of,
 )
 
 
@@ -154,7 +155,7 @@ def partials_of(
 
     others = []
     for term in terms:
-        slopes = term.slopes
+        slopes = slopes_of(term)
         if not term.weight:
             continue
         if slopes is None:

@@ -102,6 +102,9 @@ def linear_cross_entropy(
 def _head_loss(
     impl: EngineImpl, label_smoothing: float, z_loss: float, **options: Any
 ) -> HeadLoss:
+    # A tensor is no constant of a graph, whatever it compares to.
+    if not isinstance(label_smoothing, int | float):
+        raise ValueError(f"label_smoothing must be a number, got {label_smoothing!r}")
     if not (isinstance(z_loss, int | float) and 0 <= z_loss < math.inf):
         raise ValueError(f"z_loss must be 0 (off) or a positive number, got {z_loss!r}")
     terms = plain_terms(label_smoothing, z_loss)

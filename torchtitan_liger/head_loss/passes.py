@@ -16,6 +16,7 @@ Nothing here waits for a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
@@ -90,6 +91,20 @@ class HeadCall(NamedTuple):
         )
         tensors = *of_teacher, *self.rows.values()
         return [x for x in tensors if x is not None]
+
+    def reading(self, again: Sequence[torch.Tensor]) -> HeadCall:
+        """The same with other tensors in the place of those of `read_again`."""
+        left, teacher = iter(again), self.teacher
+        if teacher is not None:
+            teacher = replace(
+                teacher,
+                logits=None if teacher.logits is None else next(left),
+                hidden=None if teacher.hidden is None else next(left),
+                weight=None if teacher.weight is None else next(left),
+            )
+        return self._replace(
+            teacher=teacher, rows=dict(zip(self.rows, left, strict=True))
+        )
 
 
 class Chunk(NamedTuple):

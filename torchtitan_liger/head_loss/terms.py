@@ -47,6 +47,8 @@ class Term:
     name: str
     weight: float
     """0 reports the term and leaves the gradients alone."""
+    jsd_beta: float = 0.5
+    """The teacher's share of the mixture; all terms that need `jsd` have the same."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -59,11 +61,6 @@ class Term:
         return frozenset()
 
     @property
-    def jsd_beta(self) -> float:
-        """The teacher's share of the mixture; all terms that need `jsd` have the same."""
-        return 0.5
-
-    @property
     def metric_names(self) -> tuple[str, ...]:
         """What `metrics` gives, in its order. The engine adds up a metric over tokens; of
         one whose name ends in "/max" or "/min" it keeps the extreme."""
@@ -72,7 +69,8 @@ class Term:
     @property
     def slopes(self) -> Mapping[str, float] | None:
         """The partial derivatives of `loss` by `Statistics` where all of them are
-        constants; autograd finds them where this is None, some small kernels later."""
+        constants; autograd finds them where this is None, some small kernels later.
+        A class with another `loss` than its parent's has None, or its own."""
         return None
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
@@ -289,6 +287,16 @@ def plain_of(terms: Sequence[Term]) -> tuple[float, float] | None:
     return plain if terms == plain_terms(*plain) else None
 
 
+def slopes_of(term: Term) -> Mapping[str, float] | None:
+    """A term's slopes, unless they are of a parent whose loss it does not have."""
+    for kind in type(term).__mro__:
+        if "slopes" in vars(kind):
+            return term.slopes
+        if "loss" in vars(kind) or "sequence_loss" in vars(kind):
+            break
+    return None
+
+
 def needs_of(terms: Sequence[Term]) -> frozenset[str]:
     """The optional statistics that any of the terms reads."""
     return frozenset[str]().union(*(term.needs for term in terms))
@@ -337,7 +345,7 @@ def check_terms(terms: Sequence[Term]) -> None:
             )
         # One number for each token each: not those of candidates.
         differentiable = {"logp", "lse"} | term.needs - WITHOUT_GRADIENT - {"logp_k"}
-        if unknown := sorted(set(term.slopes or ()) - differentiable):
+        if unknown := sorted(set(slopes_of(term) or ()) - differentiable):
             raise ValueError(
                 f"the term {term.name} has slopes by {', '.join(unknown)}, which is not in "
                 "its `needs`, has no gradient, or is not one number for each token"
@@ -359,8 +367,8 @@ def row_inputs_of(
     """What the terms read of each token, flat, in `dtype` if it is no integer.
 
     Raises:
-        ValueError: for an input that is missing, that no term reads, or that is not like
-            the labels.
+        ValueError: for an input that is missing, that no term reads, that is not like
+            the labels, or that wants a gradient.
     """
     missing = [name for name in wanted if name not in given]
     unknown = [name for name in given if name not in wanted]
@@ -371,6 +379,13 @@ def row_inputs_of(
             f"{'not given' if missing else 'read by none of them'}"
         )
     rows = per_token(given, labels, with_extra_dim=("candidates",))
+    if torch.is_grad_enabled() and (
+        learn := [n for n, x in rows.items() if x.requires_grad]
+    ):
+        raise ValueError(
+            f"{', '.join(learn)} would get no gradient from a head loss: detach it. Weights "
+            "of tokens can be learned as token_weights"
+        )
     return {
         name: x.detach().to(dtype) if x.is_floating_point() else x.detach()
         for name, x in rows.items()

@@ -11,8 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import Problem, full_logits, plain_head, relative_error
 from torchtitan_liger.head_loss import (
+    CrossEntropy,
+    Distillation,
     HeadLoss,
     Teacher,
+    Unlikelihood,
     chunking,
     linear_cross_entropy,
 )
@@ -309,3 +312,42 @@ def test_what_no_term_reads_is_an_error(impl):
         HeadLoss(impl=impl)(*args, advantages=torch.ones(6))
     with pytest.raises(ValueError, match="no term that learns from it"):
         HeadLoss(impl=impl)(*args, teacher=Teacher(logits=torch.zeros(6, 9)))
+
+
+@pytest.mark.parametrize("of_teacher", ["logits", "hidden"])
+@pytest.mark.parametrize(
+    ("reduction", "dtype"), [("none", torch.float64), ("sum", torch.float16)]
+)
+def test_who_saves_tensors_elsewhere_may_reuse_their_memory(
+    reduction, dtype, of_teacher
+):
+    """As the buffers of a micro-batch are, once its backward pass has been recorded."""
+    problem = Problem(T=9, D=4, V=11, ignored=0)
+    g = torch.Generator().manual_seed(0)
+    teacher = {"logits": torch.randn(9, 11, generator=g).to(dtype)}
+    if of_teacher == "hidden":
+        shapes = {"hidden": (9, 3), "weight": (11, 3)}
+        teacher = {n: torch.randn(s, generator=g).to(dtype) for n, s in shapes.items()}
+    words = torch.randint(11, (9, 2), generator=g)
+    head = HeadLoss([CrossEntropy(), Distillation(), Unlikelihood()])
+    gradients = []
+    for reused in (False, True):
+        hidden = problem.hidden.to(dtype).requires_grad_()
+        weight = problem.weight.to(dtype).requires_grad_()
+        mine = {name: x.clone() for name, x in teacher.items()}
+        candidates = words.clone()
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
+            loss = head(
+                hidden,
+                weight,
+                problem.labels,
+                teacher=Teacher(**mine),
+                candidates=candidates,
+                reduction=reduction,
+            ).loss.sum()
+        if reused:
+            for x in (*mine.values(), candidates):
+                x.zero_()
+        gradients.append(torch.autograd.grad(loss, [hidden, weight]))
+    for once, again in zip(*gradients, strict=True):
+        assert torch.equal(once, again)

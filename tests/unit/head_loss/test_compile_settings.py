@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,23 @@ def test_settings_may_change_between_calls():
         error = errors(
             lambda b, z=z_loss: one_graph(b, z),
             lambda b, z=z_loss: loss_of(b, z),
+            batch(),
+        )
+        assert error < 1e-12
+
+
+@pytest.mark.parametrize("name", ["z_loss", "label_smoothing"])
+def test_numbers_of_numpy_may_change_between_calls(name):
+    """Dynamo takes them for tensors, of which a graph would keep the first."""
+
+    def loss_of(b: Batch, value: float) -> torch.Tensor:
+        return linear_cross_entropy(b.hidden, b.weight, b.labels, **{name: value})
+
+    compiled_once = torch.compile(loss_of, backend="aot_eager")
+    for value in np.linspace(0.0, 0.3, 4):
+        error = errors(
+            lambda b, v=value: compiled_once(b, v),
+            lambda b, v=value: loss_of(b, float(v)),
             batch(),
         )
         assert error < 1e-12

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
 import pytest
@@ -99,11 +99,27 @@ class WithTensor(Term):
     name: str = "with_tensor"
 
 
+@dataclass(frozen=True)
+class Hidden(Term):
+    """Equal to any other, and to look at like any other."""
+
+    factor: torch.Tensor = field(compare=False, repr=False)
+    weight: float = 1.0
+    name: str = "hidden"
+
+
 def test_only_terms_that_stay_equal_share_a_recipe():
     options = HeadLossOptions()
     heads = [HeadLoss([ZLoss(0.25)], options) for _ in range(2)]
     assert heads[0]._recipe is heads[1]._recipe
-    for make in (lambda: Changing(1.0), lambda: WithTensor(torch.ones(3))):
+    term = Hidden(torch.ones(()))
+    heads = [HeadLoss([term], options) for _ in range(2)]
+    assert heads[0]._recipe is heads[1]._recipe
+    for make in (
+        lambda: Changing(1.0),
+        lambda: WithTensor(torch.ones(3)),
+        lambda: Hidden(torch.rand(())),
+    ):
         heads = [HeadLoss([make()], options) for _ in range(12)]
         assert len({head._recipe.name for head in heads}) == 12
 

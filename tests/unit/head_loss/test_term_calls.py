@@ -235,3 +235,41 @@ def test_a_statistic_of_another_term_has_its_gradient_too():
         return (entropy.square() - 0.2 * entropy).sum()
 
     assert max(ours.errors(problem.run(loss_of)).values()) < 1e-10
+
+
+class SquaredCrossEntropy(CrossEntropy):
+    def loss(self, stats, rows):
+        return super().loss(stats, rows).square()
+
+
+class TargetEntropy(EntropyBonus):
+    def loss(self, stats, rows):
+        return (super().loss(stats, rows) + 1.5).square()
+
+
+@pytest.mark.parametrize("kind", ["cross entropy", "entropy"])
+def test_a_subclass_with_a_loss_of_its_own_has_not_its_parents_gradient(kind, chunks):
+    problem = Problem(T=37, D=16, V=101)
+
+    def truth_of(hidden, weight, labels):
+        log_p = (hidden @ weight.T).log_softmax(-1)
+        loss = torch.nn.functional.nll_loss(log_p, labels, reduction="none")
+        if kind == "entropy":
+            loss = torch.where(labels == -100, 0.0, 1.5 + (log_p.exp() * log_p).sum(-1))
+        return loss.square().sum()
+
+    term = SquaredCrossEntropy() if kind == "cross entropy" else TargetEntropy(1.0)
+    head = HeadLoss([term])
+    ours = problem.run(lambda *args: head(*args).loss)
+    assert max(ours.errors(problem.run(truth_of)).values()) < 1e-12
+
+
+def test_a_row_input_that_wants_a_gradient_is_an_error():
+    problem = Problem(T=9, D=8, V=21)
+    args = problem.hidden, problem.weight, problem.labels
+    head, advantages = HeadLoss([PolicyGradient("reinforce")]), torch.ones(9)
+    advantages.requires_grad_()
+    with pytest.raises(ValueError, match="advantages would get no gradient.*detach"):
+        head(*args, advantages=advantages)
+    with torch.no_grad():
+        head(*args, advantages=advantages)

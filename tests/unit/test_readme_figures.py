@@ -113,6 +113,25 @@ def test_what_more_memory_for_logits_gains_was_measured():
     assert f"{ratio:.3f} times as fast as torchtitan, in {peak:.1f} GiB" in text
 
 
+def test_how_much_the_speed_differs_from_run_to_run_was_measured():
+    """A run whose implementations take turns has each twice."""
+    ratios = []
+    for layout in ("", "taking turns", "earlier"):
+        speed = {
+            impl: fmean(
+                float(row["tokens/s per device"])
+                for row in runs("train_h200_202611")
+                if (row["config"], row["layout"], row["impl"], row["search"])
+                == ("llama3_1.2b", layout, impl, "")
+            )
+            for impl in ("stock", "chunked")
+        }
+        ratios.append(f"{speed['chunked'] / speed['stock']:.3f}")
+    text = " ".join(README.split())
+    assert f"`chunked` is {ratios[0]} times as fast as torchtitan" in text
+    assert f"it was {ratios[1]} and {ratios[2]}" in text
+
+
 def table_after(words: str) -> list[list[str]]:
     """The cells of the first table after these words, without its header."""
     text = README[README.index(words) :]

@@ -39,13 +39,15 @@ def load_raw(pointer, columns, num_columns):
 
 @triton.jit
 def to_logits(
-    raw, columns, num_columns, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr
+    raw,
+    dtype: tl.constexpr,
+    columns,
+    num_columns,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
 ):
-    """Logits z of what `load_raw` got."""
-    z = raw
-    if z.dtype != tl.float64:
-        z = z.to(tl.float32)
-    z = transformed(z, SOFTCAP, TEMPERATURE)
+    """Logits z of what `load_raw` got, in the dtype of the sums."""
+    z = transformed(raw.to(dtype), SOFTCAP, TEMPERATURE)
     if SOFTCAP > 0:  # tanh has made -inf finite
         z = tl.where(columns < num_columns, z, -float("inf"))
     return z
@@ -53,11 +55,16 @@ def to_logits(
 
 @triton.jit
 def load_logits(
-    pointer, columns, num_columns, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr
+    pointer,
+    dtype: tl.constexpr,
+    columns,
+    num_columns,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
 ):
     """Logits z of these columns; -inf beyond the last one."""
     raw = load_raw(pointer, columns, num_columns)
-    return to_logits(raw, columns, num_columns, SOFTCAP, TEMPERATURE)
+    return to_logits(raw, dtype, columns, num_columns, SOFTCAP, TEMPERATURE)
 
 
 @triton.jit
@@ -89,9 +96,9 @@ def load_logit(
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
 ):
-    """z of one column; 0 where the column is -1."""
-    u = tl.load(pointer + column, mask=column >= 0, other=0.0)
-    return transformed(u.to(dtype), SOFTCAP, TEMPERATURE)
+    """What the memory has of one column, and its z; 0 where the column is -1."""
+    raw = tl.load(pointer + column, mask=column >= 0, other=0.0)
+    return raw, transformed(raw.to(dtype), SOFTCAP, TEMPERATURE)
 
 
 @triton.jit
@@ -232,14 +239,14 @@ def store_gradient(
     columns,
     num_columns,
     grad,
-    z,
+    raw,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
 ):
     """The gradient by the raw logits, in their place."""
-    if SOFTCAP > 0:  # d tanh
-        capped = z * (TEMPERATURE / SOFTCAP)
-        grad *= 1 - capped * capped
+    if SOFTCAP > 0:  # d tanh; near the cap nothing is left of 1 - tanh ** 2
+        exp = tl.exp(-2 * tl.abs(raw.to(grad.dtype) / SOFTCAP))
+        grad *= 4 * exp / ((1 + exp) * (1 + exp))
     if TEMPERATURE != 1:
         grad /= TEMPERATURE
     tl.store(

@@ -68,6 +68,7 @@ def gradient_kernel(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     row = (program // groups).to(tl.int64)
     logits += row * stride
+    dtype: tl.constexpr = maxima.dtype.element_ty
     maximum = finite(tl.load(maxima + row))
     origin = origin_of(maximum)
     _, to_max = bits_to(origin, maximum)
@@ -93,7 +94,8 @@ def gradient_kernel(
     start = program % groups * (BLOCK * BLOCKS)
     for first in range(start, tl.minimum(start + BLOCK * BLOCKS, num_columns), BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        z = load_logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
+        raw = load_raw(logits, columns, num_columns)
+        z = to_logits(raw, dtype, columns, num_columns, SOFTCAP, TEMPERATURE)
         p = tl.exp2(bits_above(origin, z)) * inverse
         factor = by_softmax
         if log_softmax is not None:
@@ -102,7 +104,12 @@ def gradient_kernel(
             factor += by_square * p
         if teacher_maxima is not None:
             v = load_logits(
-                teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
+                teacher,
+                dtype,
+                columns,
+                num_columns,
+                TEACHER_SOFTCAP,
+                TEACHER_TEMPERATURE,
             )
             q = tl.exp2(bits_above(t_origin, v)) * t_inverse
             log_q = (v - t_maximum) - tl.log(t_sumexp)
@@ -130,7 +137,7 @@ def gradient_kernel(
             if (column >= first) & (column < first + BLOCK):
                 by_candidate = tl.load(by_candidates + row * NUM_CANDIDATES + k)
                 grad += tl.where(columns == column, by_candidate, 0.0)
-        store_gradient(logits, columns, num_columns, grad, z, SOFTCAP, TEMPERATURE)
+        store_gradient(logits, columns, num_columns, grad, raw, SOFTCAP, TEMPERATURE)
 
 
 @triton.jit
@@ -185,7 +192,7 @@ def both_kernel(
     base = finite(origin_of(part_max))
     total_sumexp = _moved(sumexp, origin, base)
     here = (column >= begin) & (column < end)
-    label_logit = load_logit(
+    label_raw, label_logit = load_logit(
         logits, tl.where(here, column, -1), dtype, SOFTCAP, TEMPERATURE
     )
     tl.debug_barrier()  # all threads have read what is overwritten below
@@ -223,17 +230,17 @@ def both_kernel(
     by_constant = load_optional(constant, row)
     for i in range(0, num_blocks):
         columns = begin + (num_blocks - 1 - i) * GRADIENT_BLOCK + block
-        z = to_logits(raw, columns, end, SOFTCAP, TEMPERATURE)
-        before = columns - GRADIENT_BLOCK
+        this, before = raw, columns - GRADIENT_BLOCK
+        z = to_logits(this, dtype, columns, end, SOFTCAP, TEMPERATURE)
         raw = tl.load(logits + before, mask=before >= begin, other=0.0)
         grad = tl.exp2(bits_above(base, z)) * factor + by_constant
-        store_gradient(logits, columns, end, grad, z, SOFTCAP, TEMPERATURE)
+        store_gradient(logits, columns, end, grad, this, SOFTCAP, TEMPERATURE)
     if here:
         tl.debug_barrier()  # the label's comes last
         by_one = (
             tl.exp2(bits_above(base, label_logit)) * factor + by_constant + by_label
         )
-        store_gradient(logits, column, end, by_one, label_logit, SOFTCAP, TEMPERATURE)
+        store_gradient(logits, column, end, by_one, label_raw, SOFTCAP, TEMPERATURE)
 
 
 @triton.jit
@@ -257,7 +264,7 @@ def _threads_sums(
     raw = load_raw(logits, begin + tile, end)
     for start in range(begin, end, BLOCK * UNROLL):
         columns = start + tile
-        z = to_logits(raw, columns, end, SOFTCAP, TEMPERATURE)
+        z = to_logits(raw, dtype, columns, end, SOFTCAP, TEMPERATURE)
         # on its way while others compute
         raw = load_raw(logits, columns + BLOCK * UNROLL, end)
         logit_sum += sum_of(tl.where(columns < end, z, 0.0))

@@ -88,7 +88,7 @@ def statistics_kernel(
     for start in range(0, num_columns, BLOCK * UNROLL):
         columns = start + tile
         following = columns + BLOCK * UNROLL  # on its way while others compute
-        z = to_logits(raw, columns, num_columns, SOFTCAP, TEMPERATURE)
+        z = to_logits(raw, dtype, columns, num_columns, SOFTCAP, TEMPERATURE)
         raw = load_raw(logits, following, num_columns)
         maximum, origin, base, shift = followed(maximum, origin, z)
         rescale = tl.exp2(shift)
@@ -96,7 +96,7 @@ def statistics_kernel(
         exp = tl.exp2(shifted)
         if AT_teacher_max >= 0:
             v = to_logits(
-                t_raw, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
+                t_raw, dtype, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
             )
             t_raw = load_raw(teacher, following, num_columns)
             t_maximum, t_origin, t_base, t_shift = followed(t_maximum, t_origin, v)
@@ -157,16 +157,12 @@ def statistics_kernel(
             moved = _moved(teacher_gap, t_shift - shift, t_sumexp, t_share)
             tl.store(sums + AT_teacher_gap * num_rows, tl.sum(moved, axis=0) * LN_2)
     label = tl.load(label_columns + row)
-    tl.store(
-        sums + AT_label_logit * num_rows,
-        load_logit(logits, label, dtype, SOFTCAP, TEMPERATURE),
-    )
+    _raw, z = load_logit(logits, label, dtype, SOFTCAP, TEMPERATURE)
+    tl.store(sums + AT_label_logit * num_rows, z)
     for k in tl.static_range(NUM_CANDIDATES):
         column = tl.load(candidates + row * NUM_CANDIDATES + k)
-        tl.store(
-            sums + (AT_candidate_logits + k) * num_rows,
-            load_logit(logits, column, dtype, SOFTCAP, TEMPERATURE),
-        )
+        _raw, z = load_logit(logits, column, dtype, SOFTCAP, TEMPERATURE)
+        tl.store(sums + (AT_candidate_logits + k) * num_rows, z)
 
 
 @triton.jit
@@ -219,9 +215,9 @@ def mixture_kernel(
     teacher_kl = tl.zeros([BLOCK], dtype)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = load_logits(logits, columns, num_columns, SOFTCAP, TEMPERATURE)
+        z = load_logits(logits, dtype, columns, num_columns, SOFTCAP, TEMPERATURE)
         v = load_logits(
-            teacher, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
+            teacher, dtype, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
         )
         p, q, m_by_p, q_by_m = to_mixture(
             log2_of(z, origin, sumexp), log2_of(v, t_origin, t_sumexp), BETA, FAST

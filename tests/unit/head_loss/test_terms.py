@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers import Problem, relative_error, run_on_shards
+from tests.helpers import Problem, full_logits, relative_error, run_on_shards
 from tests.unit.head_loss.term_cases import (
     MIXTURE,
     OPTIONS,
@@ -215,3 +215,33 @@ def test_a_nan_in_a_labeled_row_is_in_its_gradient(sweeps):
         False,
         False,
     ]
+
+
+@pytest.mark.parametrize(("softcap", "size"), [(3.0, 30.0), (30.0, 300.0)])
+def test_logits_that_reach_their_softcap(softcap, size, sweeps):
+    """Where nothing is left of 1 - tanh ** 2, the gradient still is."""
+    for seed in range(6):
+        problem = Problem(T=4, D=8, V=257, ignored=0, seed=seed, scale=size)
+        problem = problem.rounded(torch.float32)
+        truth = problem.run(full_logits(logit_softcap=softcap))
+        stock = problem.run(full_logits(logit_softcap=softcap), torch.float32)
+        head = HeadLoss(options=HeadLossOptions(logit_softcap=softcap))
+        ours = problem.run(lambda *args, h=head: h(*args).loss, torch.float32)
+        for name, error in ours.errors(truth).items():
+            assert error <= max(2 * stock.errors(truth)[name], 5e-6), (name, seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_narrower_teacher_is_transformed_in_the_students_dtype(dtype, sweeps):
+    problem = Problem(T=9, D=8, V=31, ignored=0)
+    given = torch.randn(9, 31, generator=torch.Generator().manual_seed(0)).to(dtype)
+    head = HeadLoss([Distillation()])
+    teacher = Teacher(logits=given, temperature=1.3, logit_softcap=5.0)
+
+    def truth_of(hidden, weight, _labels):
+        log_q = (5 * (given.double() / 5).tanh() / 1.3).log_softmax(-1)
+        log_p = (hidden @ weight.T).log_softmax(-1)
+        return (log_q.exp() * (log_q - log_p)).sum()
+
+    ours = problem.run(lambda *args: head(*args, teacher=teacher).loss)
+    assert max(ours.errors(problem.run(truth_of)).values()) < 1e-12

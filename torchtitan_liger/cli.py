@@ -89,7 +89,8 @@ def read_toml(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 def _beside_the_package(path: str) -> str:
     beside = PACKAGE_PARENT / path
-    return path if os.path.exists(path) or not beside.exists() else str(beside)
+    is_there = not path or os.path.exists(path) or not beside.exists()
+    return path if is_there else str(beside)
 
 
 def _is_switch(flag: str) -> bool:

@@ -26,7 +26,7 @@ from torchtitan_liger.head_loss.calls import (
 from torchtitan_liger.head_loss.chunking import ChunkPlan, budget_bytes, make_plan
 from torchtitan_liger.head_loss.engine import HeadLossOutput
 from torchtitan_liger.head_loss.options import HeadLossOptions
-from torchtitan_liger.head_loss.terms import CrossEntropy, Term, plain_of
+from torchtitan_liger.head_loss.terms import CrossEntropy, Term, as_terms, plain_of
 from torchtitan_liger.head_loss.vocab_parallel import VocabShard
 
 MINIMUM_VERSION = "0.8.4"  # the first with chunk_mem_const and a right softcap
@@ -99,7 +99,7 @@ class LigerHeadLoss:
         Raises:
             ValueError: for a term or a setting that Liger does not have.
         """
-        self.terms = tuple(terms)
+        self.terms = as_terms(terms)
         plain = plain_of(self.terms)
         if plain is None:
             raise ValueError(

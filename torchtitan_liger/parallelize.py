@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -66,12 +67,14 @@ def _plain_head(model: nn.Module, job_config: JobConfig) -> LMHead:
     head = model.output
     if type(head) is LMHead:
         weight = type(head.weight.data)  # a subclass may have products of its own
-        if weight is not torch.Tensor:
+        if weight not in (torch.Tensor, FakeTensor):
             became = f"one with a weight of {weight.__name__}"
         elif head.bias is not None:
             became = "one with a bias"
         elif "forward" in vars(head):
             became = "one with another forward"
+        elif head._forward_pre_hooks or head._forward_hooks:
+            became = "one with hooks of its forward pass"
         else:
             return head
     else:

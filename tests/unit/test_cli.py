@@ -51,6 +51,8 @@ def test_our_assets_are_found_from_any_folder(tmp_path, monkeypatch):
         assert prepare_argv([f"{option}={ASSETS}"]) == [f"{option}={path}"]
         typed = [option, ASSETS, "--training.steps", "3"]
         assert prepare_argv(typed) == [option, path, "--training.steps", "3"]
+    empty = ["--model.hf_assets_path", ""]
+    assert prepare_argv(empty) == empty
     (tmp_path / ASSETS).mkdir(parents=True)  # the user's own of that name wins
     assert prepare_argv(argv) == argv
     assert prepare_argv([f"--model.hf_assets_path={ASSETS}"])[0].endswith(f"={ASSETS}")

@@ -31,12 +31,17 @@ def replace_forward(head):
     head.forward = MethodType(lambda self, hidden: hidden @ self.weight.t() / 2, head)
 
 
+def add_hook(head):
+    head.register_forward_pre_hook(lambda _, args: (args[0] / 2, *args[1:]))
+
+
 @pytest.mark.parametrize(
     ("convert", "became"),
     [
         (quantize, "one with a weight of Quantized"),
         (add_bias, "one with a bias"),
         (replace_forward, "one with another forward"),
+        (add_hook, "one with hooks of its forward pass"),
         (weight_norm, "ParametrizedLMHead"),
     ],
 )

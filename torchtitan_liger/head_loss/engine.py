@@ -36,6 +36,7 @@ from torchtitan_liger.head_loss.terms import (
     CrossEntropy,
     SequenceTerm,
     Term,
+    as_terms,
     check_terms,
     needs_of,
     plain_of,
@@ -90,9 +91,7 @@ class HeadLoss:
             raise ValueError(f'impl must be "chunked" or "reference", got {impl!r}')
         self.options = HeadLossOptions() if options is None else options
         self.impl = impl
-        if isinstance(terms, Term):
-            raise ValueError(f"terms must be a sequence, such as [{terms!r}]")
-        self.terms = tuple(terms)
+        self.terms = as_terms(terms)
         check_terms(self.terms)
         if impl == "reference" and plain_of(self.terms) is None:
             raise ValueError(
@@ -363,7 +362,8 @@ class HeadLoss:
             teacher_dtype: of a teacher's logits; None for `dtype`.
         """
         wide = torch.promote_types(dtype, torch.float32)
-        assert self.impl == "chunked"  # "reference" has all logits at one time
+        if self.impl == "reference":
+            raise ValueError('impl="reference" has all logits at one time: no plan')
         # The gradient takes the place of the logits. A teacher has its own; CPUs have no
         # product of narrow numbers with a float32 sum, so there they are widened.
         num_bytes = dtype.itemsize

@@ -240,7 +240,7 @@ def _loss(
         got = list(loss_C.shape) if isinstance(loss_C, torch.Tensor) else loss_C
         raise ValueError(
             f"the term {term.name} must give one loss for each token, a tensor "
-            f"{list(stats.logp.shape)}, got {got}; a statistic is None unless it is in "
+            f"{list(stats.logp.shape)}, got {got}; an optional statistic is None unless it is in "
             "the term's `needs`"
         )
     return loss_C.to(stats.logp.dtype)  # whatever dtype its own numbers have

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -103,11 +104,11 @@ def _head_loss(
     impl: EngineImpl, label_smoothing: float, z_loss: float, **options: Any
 ) -> HeadLoss:
     # A tensor is no constant of a graph, whatever it compares to.
-    if not isinstance(label_smoothing, int | float):
+    if not isinstance(label_smoothing, Real):
         raise ValueError(f"label_smoothing must be a number, got {label_smoothing!r}")
-    if not (isinstance(z_loss, int | float) and 0 <= z_loss < math.inf):
+    if not (isinstance(z_loss, Real) and 0 <= z_loss < math.inf):
         raise ValueError(f"z_loss must be 0 (off) or a positive number, got {z_loss!r}")
-    terms = plain_terms(label_smoothing, z_loss)
+    terms = plain_terms(float(label_smoothing), float(z_loss))
     return HeadLoss(terms, HeadLossOptions(**options), impl=impl)
 
 

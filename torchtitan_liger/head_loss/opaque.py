@@ -32,9 +32,6 @@ class Recipe:
     options: HeadLossOptions
 
 
-OUR_MODULES = {
-    f"{__package__}.{name}" for name in ("terms", "distillation", "policy_terms")
-}
 _recipes: WeakValueDictionary[str, Recipe] = WeakValueDictionary()
 
 
@@ -53,10 +50,21 @@ def recipe_of(terms: tuple[Term, ...], options: HeadLossOptions) -> Recipe:
 
 
 def _are_the_same(terms: tuple[Term, ...], others: tuple[Term, ...]) -> bool:
-    """Whether they are, for good: a class of a user's may call equal what is not."""
+    """Whether they are, and stay so: frozen dataclasses of numbers and names. What else
+    there is may change, or be left out of a comparison."""
     return len(terms) == len(others) and all(
-        a is b or (type(a) is type(b) and type(a).__module__ in OUR_MODULES and a == b)
+        a is b or (type(a) is type(b) and _is_constant(a) and vars(a) == vars(b))
         for a, b in zip(terms, others, strict=True)
+    )
+
+
+def _is_constant(term: Term) -> bool:
+    parameters = getattr(term, "__dataclass_params__", None)
+    kinds = {bool, int, float, str, type(None)}
+    return (
+        parameters is not None
+        and parameters.frozen
+        and all(type(x) in kinds for x in vars(term).values())
     )
 
 

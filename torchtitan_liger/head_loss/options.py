@@ -15,7 +15,7 @@ class HeadLossOptions:
     """Settings of a head loss that all its terms share.
 
     For one token, with `u = weight @ hidden`, the terms see the logits
-    `logit_softcap * tanh(u / logit_softcap) / temperature`.
+    `logit_softcap * tanh(u / logit_softcap) / temperature` (without a cap `u / temperature`).
 
     Raises:
         ValueError: for a value out of range; the message holds the field and the value.

@@ -76,10 +76,10 @@ class Term:
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         """The loss of each token, [C], before `weight`.
 
-        A statistic is None unless it is in `needs`. A chunk's tokens come together, other ones in each pass: a loss that looks at
-        other tokens, as at a mean over them, is a `SequenceTerm`. It is asked several
-        times, and has to give the same each time; it may not change what it reads, and
-        has no parameters to learn.
+        An optional statistic is None unless it is in `needs`. A chunk's tokens come
+        together, other ones in each pass: a loss that looks at other tokens, as at a mean
+        over them, is a `SequenceTerm`. It is asked several times, and has to give the same
+        each time; it may not change what it reads, and has no parameters to learn.
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss(stats, rows)")
 
@@ -266,6 +266,14 @@ def _log_miss(logp: torch.Tensor) -> torch.Tensor:
     of_likely = (-torch.expm1(torch.where(likely, logp, -1.0))).log()
     of_others = torch.log1p(-torch.where(likely, -1.0, logp).exp())
     return torch.where(likely, of_likely, of_others)
+
+
+def as_terms(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """As a tuple; ValueError for what is no sequence."""
+    if isinstance(terms, Term) or not isinstance(terms, Sequence):
+        like = repr(terms) if isinstance(terms, Term) else "CrossEntropy()"
+        raise ValueError(f"terms must be a sequence, such as [{like}], got {terms!r}")
+    return tuple(terms)
 
 
 def plain_terms(label_smoothing: float = 0.0, z_loss: float = 0.0) -> tuple[Term, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
@@ -100,6 +101,12 @@ class WithTensor(Term):
 
 
 @dataclass(frozen=True)
+class Own(Term):
+    weight: float = 1.0
+    name: str = "own"
+
+
+@dataclass(frozen=True)
 class Hidden(Term):
     """Equal to any other, and to look at like any other."""
 
@@ -112,6 +119,8 @@ def test_only_terms_that_stay_equal_share_a_recipe():
     options = HeadLossOptions()
     heads = [HeadLoss([ZLoss(0.25)], options) for _ in range(2)]
     assert heads[0]._recipe is heads[1]._recipe
+    heads = [HeadLoss([Own(0.25)], options) for _ in range(2)]
+    assert heads[0]._recipe is heads[1]._recipe is copy.deepcopy(heads[0])._recipe
     term = Hidden(torch.ones(()))
     heads = [HeadLoss([term], options) for _ in range(2)]
     assert heads[0]._recipe is heads[1]._recipe

@@ -14,6 +14,7 @@ from torchtitan_liger.head_loss import (
     Distillation,
     Focal,
     HeadLoss,
+    HeadLossOptions,
     PolicyGradient,
     Preference,
     ReferenceKL,
@@ -80,6 +81,8 @@ def own(**attributes):
         (lambda: PolicyGradient(importance_cap=float("nan")), "positive, got nan"),
         (lambda: Preference(beta=float("nan")), "positive, got nan"),
         (lambda: HeadLoss(ZLoss(1.0)), r"such as \[ZLoss\(weight=1.0"),
+        (lambda: HeadLoss(None), r"such as \[CrossEntropy\(\)\], got None"),
+        (lambda: HeadLoss(HeadLossOptions()), "sequence, .* got HeadLossOptions"),
         (lambda: HeadLoss([CrossEntropy]), "such as CrossEntropy\\(\\), got <class"),
         (
             lambda: HeadLoss([ZLoss(1.0)], impl="reference"),

@@ -93,7 +93,8 @@ class HeadLoss:
         self.impl = impl
         self.terms = as_terms(terms)
         check_terms(self.terms)
-        if impl == "reference" and plain_of(self.terms) is None:
+        self._plain = plain_of(self.terms)
+        if impl == "reference" and self._plain is None:
             raise ValueError(
                 'impl="reference" has CrossEntropy(label_smoothing) and, after it, '
                 f"ZLoss(weight) only, got {self.terms}"
@@ -324,10 +325,9 @@ class HeadLoss:
         shape: torch.Size,
         reduction: str,
     ) -> HeadLossOutput:
-        plain = plain_of(self.terms)
-        assert plain is not None
+        assert self._plain is not None
         by_token = reference_head_loss(
-            call.hidden_TD, call.weight_vD, call.labels_T, self.options, *plain
+            call.hidden_TD, call.weight_vD, call.labels_T, self.options, *self._plain
         )
         weights = {term.name: term.weight for term in self.terms}
         if reduction == "none":
@@ -385,6 +385,6 @@ class HeadLoss:
             budget=budget,
         )
         plan = plan_with(num_buffers=1)
-        if plan.num_chunks > 1:  # else there is no next product
+        if sharded and plan.num_chunks > 1:  # else there is no next product
             plan = plan_with(num_buffers=num_buffers)
         return plan

@@ -26,7 +26,7 @@ class Transform(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """A second distribution over the same columns."""
+    """Raw logits, and what turns them into those of a softmax."""
 
     logits_Cv: torch.Tensor
     transform: Transform

@@ -282,9 +282,9 @@ def plain_terms(label_smoothing: float = 0.0, z_loss: float = 0.0) -> tuple[Term
     return (cross_entropy, ZLoss(z_loss)) if z_loss else (cross_entropy,)
 
 
-def plain_of(terms: Sequence[Term]) -> tuple[float, float] | None:
+def plain_of(terms: tuple[Term, ...]) -> tuple[float, float] | None:
     """`(label_smoothing, z_loss)` if `terms` are the `plain_terms` of them, else None."""
-    match terms := tuple(terms):
+    match terms:
         case (CrossEntropy(label_smoothing=smoothing),):
             z_loss = 0.0
         case (CrossEntropy(label_smoothing=smoothing), ZLoss(weight=z_loss)):
@@ -312,7 +312,7 @@ def needs_of(terms: Sequence[Term]) -> frozenset[str]:
 
 def jsd_beta_of(terms: Sequence[Term]) -> float:
     """That of the terms that need a JSD."""
-    return next((t.jsd_beta for t in terms if "jsd" in t.needs), 0.5)
+    return next((t.jsd_beta for t in terms if "jsd" in t.needs), Term.jsd_beta)
 
 
 def check_terms(terms: Sequence[Term]) -> None:

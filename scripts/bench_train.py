@@ -41,6 +41,7 @@ from pathlib import Path
 from environment import ROOT
 from provenance import heading, result_file
 
+from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
 from torchtitan_liger.loss_curves import (
     GRAD_NORM,
     LOSS,
@@ -49,8 +50,6 @@ from torchtitan_liger.loss_curves import (
 )
 
 MFU = "mfu(%)"
-ON = "--liger_kernel.enable_fused_linear_cross_entropy"
-OFF = "--liger_kernel.no-enable_fused_linear_cross_entropy"
 IMPLS = ("stock", "liger", "chunked", "reference")
 COLUMNS = (
     "config",
@@ -239,10 +238,10 @@ def measure(config: Path, impl: str, args: argparse.Namespace, size: int = 0) ->
     """Run one job, a trial of this `size` in a search; read speed, memory and loss."""
     row = known_facts(config, impl, args) | {"steps": str(args.steps)}
     if impl == "stock":
-        changes = [OFF]  # whatever the TOML says
+        changes = [FLAG_OFF]  # whatever the TOML says
     else:
         changes = [
-            ON,
+            FLAG_ON,
             f"--liger_kernel.impl={impl}",
             "--liger_kernel.fallback=error",
         ]

@@ -28,6 +28,7 @@ from pathlib import Path
 from environment import ROOT
 from tqdm import tqdm
 
+from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
 from torchtitan_liger.loss_curves import (
     LOG_NAME,
     LogFacts,
@@ -53,8 +54,6 @@ from torchtitan_liger.loss_curves_report import (
     to_json,
 )
 
-ON = "--liger_kernel.enable_fused_linear_cross_entropy"
-OFF = "--liger_kernel.no-enable_fused_linear_cross_entropy"
 TAIL = 40  # lines of a crashed run's log that go into the report
 
 RUN_HELP = """\
@@ -232,12 +231,12 @@ def train_all(args: argparse.Namespace, rule: Rule) -> Report:
     ]
     with Progress(num_runs=3) as progress:
         trainer = Trainer(args, progress, details)
-        off = trainer.train("off", [OFF])
-        on = trainer.train("on", [ON])
+        off = trainer.train("off", [FLAG_OFF])
+        on = trainer.train("on", [FLAG_ON])
         runs = Runs(off, on)
         other = reorder(off.log or LogFacts())
         if off.curves:
-            again = trainer.train("off_again", [OFF, *other.overrides], other.env)
+            again = trainer.train("off_again", [FLAG_OFF, *other.overrides], other.env)
             runs = replace(runs, off_again=(again,))
             notes.append(
                 f"off_again is off {other.label}: the same tokens in the same order, the "
@@ -247,7 +246,7 @@ def train_all(args: argparse.Namespace, rule: Rule) -> Report:
         if verdict.answer == "different" and not any(run.crash for run in runs.all):
             progress.add_run()
             notes.append(f"After three runs the verdict was `{verdict}`.")
-            again = trainer.train("on_again", [ON, *other.overrides], other.env)
+            again = trainer.train("on_again", [FLAG_ON, *other.overrides], other.env)
             if problem := again.crash or unlike_start(on, again, rule):
                 notes.append(f"on_again does not count: {problem}.")
             else:

@@ -14,6 +14,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+# The switch that this project is about, and how tyro, torchtitan's parser, spells it.
+FLAG_ON = "--liger_kernel.enable_fused_linear_cross_entropy"
+FLAG_OFF = "--liger_kernel.no-enable_fused_linear_cross_entropy"
+
 BOOLEANS = {"true": True, "false": False}
 PACKAGE_PARENT = Path(__file__).resolve().parent.parent
 

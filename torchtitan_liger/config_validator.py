@@ -16,16 +16,13 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import device_type
 
 from torchtitan_liger import job_config
+from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
 from torchtitan_liger.config_checks import check_values, keys_of
 from torchtitan_liger.head_loss import HeadLossOptions
 from torchtitan_liger.head_loss.terms import plain_of
 from torchtitan_liger.head_loss_config import changes, terms_and_options
 from torchtitan_liger.head_loss_plan import HeadLossPlan
 from torchtitan_liger.liger_api import LigerStatus, liger_status
-
-FLAG = "liger_kernel.enable_fused_linear_cross_entropy"
-# How tyro, torchtitan's command line, spells "off".
-FLAG_OFF = "--liger_kernel.no-enable_fused_linear_cross_entropy"
 
 
 @lru_cache(maxsize=1)
@@ -305,10 +302,10 @@ def resolve(job: JobConfig, liger: LigerStatus | None = None) -> HeadLossPlan:
         if _listed(job):
             raise ValueError(
                 f"{_listed(job)}, which torchtitan's own loss would ignore: turn the "
-                f"fused loss on (--{FLAG}), or leave this out"
+                f"fused loss on ({FLAG_ON}), or leave this out"
             )
         unused = ", ".join(changes(settings(job), "liger_kernel"))
-        return replace(plan, warning=unused and f"{unused}: unused without --{FLAG}")
+        return replace(plan, warning=unused and f"{unused}: unused without {FLAG_ON}")
     liger = liger or liger_here()
     config = settings(job)
     for rule in RULES:

@@ -15,7 +15,8 @@ from torchtitan.tools.utils import device_module
 from torchtitan.train import Trainer
 
 from torchtitan_liger import data, models
-from torchtitan_liger.config_validator import FLAG, model_args, resolve
+from torchtitan_liger.cli import FLAG_ON
+from torchtitan_liger.config_validator import model_args, resolve
 from torchtitan_liger.head_loss.calls import check_label_range
 from torchtitan_liger.head_loss.chunking import MIB
 from torchtitan_liger.head_loss_plan import FOR_TERMS, NUM_LABELED, TOKEN_WEIGHTS
@@ -96,7 +97,7 @@ class LigerTrainer(Trainer):
             if unread := sorted(FOR_TERMS & input_dict.keys()):
                 raise ValueError(
                     f"the batch has {', '.join(unread)}, which torchtitan's own loss "
-                    f"would ignore: turn the fused loss on (--{FLAG}), or leave it out"
+                    f"would ignore: turn the fused loss on ({FLAG_ON}), or leave it out"
                 )
             return super().forward_backward_step(
                 input_dict=input_dict,

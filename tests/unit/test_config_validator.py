@@ -8,9 +8,8 @@ from torchtitan.config import ConfigManager
 
 from tests.helpers import ROOT
 from torchtitan_liger import models
+from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
 from torchtitan_liger.config_validator import (
-    FLAG,
-    FLAG_OFF,
     RULES,
     model_args,
     resolve,
@@ -37,7 +36,7 @@ def job(*args: str, on: bool = True, flavor: str = "debugmodel_16k"):
             "--job.custom_config_module=torchtitan_liger.job_config",
             f"--model.flavor={flavor}",
             "--model.hf_assets_path=.",
-            *([f"--{FLAG}"] if on else []),
+            *([FLAG_ON] if on else []),
             *args,
         ]
     )
@@ -202,7 +201,7 @@ def test_a_validation_that_would_ignore_a_softcap_or_a_temperature_is_refused(op
 
 def test_settings_without_the_flag_are_unused_and_that_is_said():
     warning = resolve(job("--liger_kernel.impl=chunked", on=False), GPU).warning
-    assert warning == f"liger_kernel.impl = chunked: unused without --{FLAG}"
+    assert warning == f"liger_kernel.impl = chunked: unused without {FLAG_ON}"
     assert resolve(job(on=False), GPU).warning == ""
 
 
@@ -257,7 +256,7 @@ def test_the_reference_has_temperature_and_z_loss():
 
 
 def test_head_loss_settings_without_the_flag_are_refused():
-    with pytest.raises(ValueError, match=FLAG) as error:
+    with pytest.raises(ValueError, match=FLAG_ON) as error:
         resolve(job("--head_loss.z_loss.weight=1e-4", on=False), GPU)
     assert "head_loss.z_loss.weight = 0.0001" in str(error.value)
 

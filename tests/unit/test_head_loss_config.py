@@ -9,9 +9,9 @@ import pytest
 from torchtitan.config import ConfigManager
 
 from torchtitan_liger import job_config
-from torchtitan_liger.cli import read_toml
+from torchtitan_liger.cli import FLAG_ON, read_toml
 from torchtitan_liger.config_checks import check_keys
-from torchtitan_liger.config_validator import FLAG, resolve
+from torchtitan_liger.config_validator import resolve
 from torchtitan_liger.head_loss import (
     CrossEntropy,
     EntropyBonus,
@@ -65,7 +65,7 @@ def plan_of(*args, toml=None):
     argv = [
         "--job.custom_config_module=torchtitan_liger.job_config",
         "--model.hf_assets_path=.",
-        f"--{FLAG}",
+        FLAG_ON,
         *args,
     ]
     if toml is not None:

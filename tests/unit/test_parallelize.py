@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchtitan.config import ConfigManager
 
 from torchtitan_liger import models, parallelize
-from torchtitan_liger.config_validator import FLAG
+from torchtitan_liger.cli import FLAG_ON
 from torchtitan_liger.lm_head import LMHead
 
 
@@ -53,7 +53,7 @@ def test_a_head_that_a_converter_changed_is_refused(convert, became):
             "--model.name=llama3",
             "--model.flavor=debugmodel",
             "--model.converters=mine",
-            f"--{FLAG}",
+            FLAG_ON,
             "--liger_kernel.impl=chunked",
         ]
     )

@@ -65,13 +65,13 @@ class Problem:
             return hidden_TD, weight_VD.div_(self.dim**0.5)
 
         hidden_TD, weight_VD = head()
-        words_T = torch.randint(self.vocab, (self.tokens,), **kwargs)
+        token_ids_T = torch.randint(self.vocab, (self.tokens,), **kwargs)
         num_ignored = round(self.ignored * self.tokens)
         ignored_T = torch.randperm(self.tokens, **kwargs) < num_ignored
-        # The log probability of a word without logits: as the weight is normal, the
+        # The log probability of a token id without logits: as the weight is normal, the
         # log-sum-exp over a large vocabulary is log V + |hidden|^2 / 2D.
         lse_T = math.log(self.vocab) + hidden_TD.float().square().mean(1) / 2
-        logp_T = (hidden_TD.float() * weight_VD[words_T].float()).sum(1) - lse_T
+        logp_T = (hidden_TD.float() * weight_VD[token_ids_T].float()).sum(1) - lse_T
         noise_T = torch.randn(self.tokens, **kwargs)
         rows = {
             "advantages": torch.randn(self.tokens, **kwargs),
@@ -84,7 +84,7 @@ class Problem:
         return Inputs(
             hidden_TD.requires_grad_(),
             weight_VD.requires_grad_(),
-            words_T.masked_fill(ignored_T, IGNORE_INDEX),
+            token_ids_T.masked_fill(ignored_T, IGNORE_INDEX),
             rows,
             self.tokens - num_ignored,
             teacher,

@@ -182,7 +182,7 @@ def _liger_other_losses(job: JobConfig, _: LigerStatus) -> str | None:
 
 
 def _seen_later(_job: JobConfig, _: LigerStatus) -> None:
-    """Only the built model shows it: `LMHead.from_linear` and `parallelize` refuse it."""
+    """Only the built model shows it: `parallelize` refuses it."""
 
 
 RULES = (

@@ -22,8 +22,6 @@ from unittest import mock
 import psutil
 import torch
 
-TORCHTITAN_UTILS = "torchtitan.tools.utils"
-
 
 def prepare() -> str:
     """Make torchtitan use the accelerator if there is one, else the CPU.
@@ -37,7 +35,7 @@ def prepare() -> str:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
         return accelerator.type
-    utils = sys.modules.get(TORCHTITAN_UTILS)
+    utils = sys.modules.get("torchtitan.tools.utils")
     if utils is not None and utils.device_type != "cpu":
         raise RuntimeError(
             f"torchtitan was imported before torchtitan_liger.device.prepare() and took "
@@ -48,7 +46,7 @@ def prepare() -> str:
         mock.patch("torch._utils._get_available_device_type", return_value="cpu"),
         mock.patch("torch._utils._get_device_module", return_value=CPUDeviceModule()),
     ):
-        importlib.import_module(TORCHTITAN_UTILS)
+        importlib.import_module("torchtitan.tools.utils")
     return "cpu"
 
 

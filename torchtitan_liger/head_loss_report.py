@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan_liger.head_loss import HeadLossOutput
+from torchtitan_liger.head_loss.evaluate import is_extreme
 
 
 class _Reduction(NamedTuple):
@@ -78,5 +79,4 @@ class HeadLossReport:
 
 
 def _kind(name: str) -> str:
-    end = name.rpartition("/")[2]
-    return end if "/" in name and end in _REDUCTIONS else "sum"
+    return name.rpartition("/")[2] if is_extreme(name) else "sum"

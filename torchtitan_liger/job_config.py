@@ -73,7 +73,7 @@ class CrossEntropy:
     """Share of the target spread evenly over the whole vocabulary, in [0, 1)."""
 
     smooth_over: Literal["all", "others"] = "all"
-    """Whether that share is for all words, as in torch, or for all but the label."""
+    """Whether that share is for all token ids, as in torch, or for all but the label."""
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Collision:
 class Unlikelihood:
     weight: float | None = None
     """
-    Factor of -log(1 - p), summed over the words in `candidates` [B, L, K] of the batch;
+    Factor of -log(1 - p), summed over the token ids in `candidates` [B, L, K] of the batch;
     -1 is none.
     """
 

@@ -53,7 +53,11 @@ class ReturnHiddenStates:
 
     def __init__(self, model_args: BaseModelArgs) -> None:
         super().__init__(model_args)  # type: ignore[call-arg]
-        self.output: nn.Module = LMHead.from_linear(self.output)
+        head: nn.Module = self.output  # type: ignore[has-type]
+        # Another head can train as it is; with the fused loss on, `parallelize` refuses it.
+        if type(head) is nn.Linear and head.bias is None:
+            head = LMHead.from_linear(head)
+        self.output = head
 
     def forward(
         self, *args: Any, return_hidden_states: bool = False, **kwargs: Any
@@ -70,7 +74,8 @@ class ReturnHiddenStates:
 
 
 def with_hidden_states(decoder: type[nn.Module]) -> type[nn.Module]:
-    """The class `decoder` with `return_hidden_states` and an `LMHead` as its output."""
+    """The class `decoder` with `return_hidden_states`; its output is an `LMHead`, unless it
+    is another than a plain linear layer without bias."""
     return type(decoder.__name__, (ReturnHiddenStates, decoder), {})
 
 
@@ -130,12 +135,12 @@ def _build_dataloader(
 def check_vocabulary(job: JobConfig, tokenizer_size: int) -> None:
     """
     Raises:
-        ValueError: when the tokenizer knows more words than the model.
+        ValueError: when the tokenizer has more token ids than the model.
     """
     vocab_size = model_args(job).vocab_size
     if tokenizer_size > vocab_size:
         raise ValueError(
             f"the tokenizer in model.hf_assets_path = {job.model.hf_assets_path!r} has "
-            f"{tokenizer_size} words, but {job.model.name} {job.model.flavor} only "
+            f"{tokenizer_size} token ids, but {job.model.name} {job.model.flavor} only "
             f"{vocab_size}: choose another model.flavor or another tokenizer"
         )

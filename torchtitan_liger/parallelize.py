@@ -27,6 +27,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3.infra.parallelize import disable_fsdp_gradient_division
 from torchtitan.tools.utils import device_module, device_type
 
+from torchtitan_liger.cli import FLAG_OFF
 from torchtitan_liger.config_validator import resolve
 from torchtitan_liger.lm_head import LMHead
 
@@ -62,28 +63,29 @@ def parallelize(
 def _plain_head(model: nn.Module, job_config: JobConfig) -> LMHead:
     """
     Raises:
-        ValueError: for a head that a converter has made compute something else.
+        ValueError: for a head that computes something else, by the model's own code or by
+            a converter.
     """
     head = model.output
     if type(head) is LMHead:
         weight = type(head.weight.data)  # a subclass may have products of its own
         if weight not in (torch.Tensor, FakeTensor):
-            became = f"one with a weight of {weight.__name__}"
+            found = f"one with a weight of {weight.__name__}"
         elif head.bias is not None:
-            became = "one with a bias"
+            found = "one with a bias"
         elif "forward" in vars(head):
-            became = "one with another forward"
+            found = "one with another forward"
         elif head._forward_pre_hooks or head._forward_hooks:
-            became = "one with hooks of its forward pass"
+            found = "one with hooks of its forward pass"
         else:
             return head
     else:
-        became = type(head).__name__
+        found = str(head)
     raise ValueError(
-        f"the LM head became {became} by model.converters = "
-        f"{job_config.model.converters}; keep the converter away from it (torchtitan's "
-        "have filter_fqns = ['output']), or turn "
-        "liger_kernel.enable_fused_linear_cross_entropy off"
+        f"the LM head is {found}, and only a plain torch.nn.Linear without bias can compute "
+        "its loss without logits: keep model.converters = "
+        f"{job_config.model.converters} away from it (torchtitan's have filter_fqns = "
+        f"['output']), or turn the fused loss off ({FLAG_OFF})"
     )
 
 

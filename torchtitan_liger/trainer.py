@@ -39,7 +39,7 @@ class LigerTrainer(Trainer):
         if module := job_config.experimental.custom_import:
             importlib.import_module(module)  # may register what follows looks up
         models.register(job_config.model.name)
-        model_args(job_config)
+        model_args(job_config)  # raises for a flavor that does not exist
         # A config module of the user's own may have the section liger_kernel alone.
         data.register_datasets(getattr(job_config.training, "text_field", "text"))
         # Before any model is built.
@@ -63,7 +63,7 @@ class LigerTrainer(Trainer):
         return head
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
-        """As torchtitan's; refuses labels that are no words, while they are on the host.
+        """As torchtitan's; refuses labels that are no token ids, while they are on the host.
 
         Raises:
             ValueError: with the value and the position of the first such label.

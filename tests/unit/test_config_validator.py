@@ -288,5 +288,5 @@ def test_a_wrong_flavor_lists_the_right_ones():
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused():
     models.check_vocabulary(job(), 16384)
-    with pytest.raises(ValueError, match="has 16385 words, but .* only 16384"):
+    with pytest.raises(ValueError, match="has 16385 token ids, but .* only 16384"):
         models.check_vocabulary(job(), 16385)

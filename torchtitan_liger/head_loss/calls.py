@@ -20,11 +20,10 @@ class Call(NamedTuple):
     """A call's tensors, checked and flat."""
 
     hidden_TD: torch.Tensor
-    weight_vD: torch.Tensor
-    labels_T: torch.Tensor  # int64, each a word or the ignored index
-    valid_T: torch.Tensor  # which of them are words
+    labels_T: torch.Tensor  # int64, each in [0, V) or the ignored index
+    valid_T: torch.Tensor  # which of them are in [0, V)
     # [] 1 / normalizer, in the dtype of everything between logits and loss; NaN if a
-    # label was no word
+    # label was neither
     scale: torch.Tensor
     products_dtype: torch.dtype  # of hidden @ weight.T
 
@@ -57,7 +56,6 @@ def prepare(
     scale = _inverse(normalizer, math_dtype, hidden.device)
     return Call(
         hidden_TD=hidden.reshape(labels.numel(), hidden.shape[-1]),
-        weight_vD=weight,
         labels_T=torch.where(valid_T, labels_T, ignore_index),
         valid_T=valid_T,
         scale=scale.masked_fill(is_wrong, torch.nan),
@@ -130,7 +128,7 @@ def kept_rows(
 
 def check_candidates(
     call: Call,
-    words_TK: torch.Tensor,
+    candidates_TK: torch.Tensor,
     vocab_size: int,
     check_labels: bool,
 ) -> Call:
@@ -140,12 +138,12 @@ def check_candidates(
     Raises:
         ValueError: for such a candidate, with `check_labels`; for no integers.
     """
-    check_integers("candidates", words_TK)
-    bad_TK = (words_TK >= vocab_size) & call.valid_T[:, None]
+    check_integers("candidates", candidates_TK)
+    bad_TK = (candidates_TK >= vocab_size) & call.valid_T[:, None]
     if check_labels and not torch.compiler.is_compiling() and bad_TK.any():
         raise ValueError(
             f"candidates must be below {vocab_size}, the size of the vocabulary, got "
-            f"{words_TK[bad_TK][0].item()}"
+            f"{candidates_TK[bad_TK][0].item()}"
         )
     return call._replace(scale=call.scale.masked_fill(bad_TK.any(), torch.nan))
 
@@ -153,7 +151,7 @@ def check_candidates(
 def check_integers(name: str, tensor: torch.Tensor) -> None:
     """
     Raises:
-        ValueError: for a dtype that holds no words and no positions.
+        ValueError: for a dtype that holds no token ids and no positions.
     """
     if tensor.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} must be int64 or int32, got {tensor.dtype}")
@@ -200,7 +198,7 @@ def check_label_range(labels: torch.Tensor, vocab_size: int, ignore_index: int) 
     position = tuple(bad.nonzero()[0].tolist())
     raise ValueError(
         f"labels[{', '.join(map(str, position))}] is {labels[position].item()}, which is "
-        f"neither a word of the vocabulary, [0, {vocab_size}), nor ignore_index "
+        f"neither a token id, in [0, {vocab_size}), nor ignore_index "
         f"({ignore_index}); {int(bad.sum())} of {labels.numel()} labels are like it"
     )
 

@@ -49,7 +49,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
         call: HeadCall,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         call = call.of_this_moment()
-        need_d_hidden, need_d_weight, need_d_weights, _ = ctx.needs_input_grad
+        need_d_hidden, need_d_weight, need_d_token_weights, _ = ctx.needs_input_grad
         ctx.later = call.products_dtype == torch.float16
         now = call.with_grad and not ctx.later
         result = run(
@@ -61,7 +61,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
             need_d_weight=now and need_d_weight,
             need_partials=call.with_grad and ctx.later,
         )
-        d_token_weights_N = result.by_row_N if need_d_weights else None
+        d_token_weights_N = result.by_row_N if need_d_token_weights else None
         if ctx.later:
             ctx.call, ctx.softmax, ctx.partials = call, result.softmax, result.partials
             # What the logits are computed from once more may not change until then.

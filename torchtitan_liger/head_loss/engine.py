@@ -100,7 +100,6 @@ class HeadLoss:
                 f"ZLoss(weight) only, got {self.terms}"
             )
         self._recipe = opaque.recipe_of(self.terms, self.options)
-        self._metrics = self._recipe.metrics
         inputs = frozenset[str]().union(*(term.inputs for term in self.terms))
         if inputs and (taken := inputs & signature(self.__call__).parameters.keys()):
             raise ValueError(
@@ -120,7 +119,7 @@ class HeadLoss:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Of a copy, which may be in another process.
         recipe = opaque.recipe_of(state["terms"], state["options"])
-        vars(self).update(state, _recipe=recipe, _metrics=recipe.metrics)
+        vars(self).update(state, _recipe=recipe)
 
     def __call__(
         self,
@@ -141,9 +140,10 @@ class HeadLoss:
     ) -> HeadLossOutput:
         """
         Args:
-            hidden: [..., D] hidden states.
-            weight: [V, D] weight of the head; with `shard`, this rank's [v, D] of it.
-            labels: [...] integer labels in [0, V) or `options.ignore_index`.
+            hidden: [..., D] hidden states, floating point, on any device.
+            weight: [V, D] weight of the head, of the same dtype (under autocast of any);
+                with `shard`, this rank's [v, D] of it.
+            labels: [...] int64 or int32 labels in [0, V) or `options.ignore_index`.
             normalizer: the loss is the sum over tokens divided by this: a number or a
                 tensor of one element on any device. Zero counts as one, so a batch
                 without any label has loss 0 and gradients 0.
@@ -156,7 +156,8 @@ class HeadLoss:
             teacher: the other model, for a distillation.
             sequence_ids: [...] int64 in [0, num_sequences): which tokens belong together,
                 for terms over sequences. None: the last dim of `labels` is a sequence.
-            check_labels: look for labels that are no words. This waits for the GPU, so
+            num_sequences: how many `sequence_ids` number; they come together.
+            check_labels: look for labels that are not in [0, V). This waits for the GPU, so
                 callers that have looked on the host turn it off; such a label then makes
                 the loss NaN.
             num_labeled: how many labels are not ignored, from a caller that knows. The
@@ -168,6 +169,7 @@ class HeadLoss:
         Raises:
             ValueError: for shapes, dtypes, labels, inputs or a normalizer that do not
                 fit.
+            RuntimeError: in the backward pass, for `create_graph=True`.
         """
         if reduction not in ("sum", "none"):
             raise ValueError(f'reduction must be "sum" or "none", got {reduction!r}')
@@ -231,7 +233,7 @@ class HeadLoss:
                     'use impl="chunked" for a sharded head'
                 )
             call = call._replace(scale=scale)
-            return self._reference(call, token_weights, labels.shape, reduction)
+            return self._reference(call, weight, token_weights, labels.shape, reduction)
 
         if kept_N is not None:
             labels_N, valid_N = labels_N[kept_N], valid_N[kept_N]
@@ -248,7 +250,7 @@ class HeadLoss:
         )
         head_call = HeadCall(
             terms=self.terms,
-            metrics=self._metrics,
+            metrics=self._recipe.metrics,
             options=self.options,
             labels_N=labels_N,
             rows=rows,
@@ -285,7 +287,7 @@ class HeadLoss:
         return HeadLossOutput(
             loss,
             dict(zip(names, by_term.unbind(), strict=True)),
-            self._metrics.named(metrics, scale),
+            self._recipe.metrics.named(metrics, scale),
         )
 
     def _schedule(
@@ -321,13 +323,14 @@ class HeadLoss:
     def _reference(
         self,
         call: Call,
+        weight_VD: torch.Tensor,
         token_weights_T: torch.Tensor | None,
         shape: torch.Size,
         reduction: str,
     ) -> HeadLossOutput:
         assert self._plain is not None
         by_token = reference_head_loss(
-            call.hidden_TD, call.weight_vD, call.labels_T, self.options, *self._plain
+            call.hidden_TD, weight_VD, call.labels_T, self.options, *self._plain
         )
         weights = {term.name: term.weight for term in self.terms}
         if reduction == "none":

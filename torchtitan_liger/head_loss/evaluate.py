@@ -45,7 +45,7 @@ class Metrics:
         rows: Rows,
         right_C: torch.Tensor,
         valid_C: torch.Tensor,
-        sequences: Sequences | None = None,
+        sequences: Sequences | None,
     ) -> torch.Tensor:
         """[M] over the tokens with a label. Of "/min" it is the negative's maximum.
 
@@ -107,7 +107,7 @@ def values_of(
     rows: Rows,
     row_weight_C: torch.Tensor,
     valid_C: torch.Tensor,
-    sequences: Sequences | None = None,
+    sequences: Sequences | None,
 ) -> TermValues:
     """Rows that are not valid count as zero, whatever they hold."""
     with torch.enable_grad():  # by which a term's own parameters show
@@ -138,7 +138,7 @@ def partials_of(
     rows: Rows,
     row_weight_C: torch.Tensor,
     valid_C: torch.Tensor,
-    sequences: Sequences | None = None,
+    sequences: Sequences | None,
 ) -> Partials:
     """The partials of `sum(row_weight * loss)` by statistic, each [C] or [C, K].
 

@@ -33,25 +33,26 @@ def linear_cross_entropy(
     logits_memory_mib: int = 0,
     tp_group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """Cross entropy of `hidden @ weight.T` against `labels`, without the logits.
+    """Cross entropy of `hidden @ weight.T` against `labels`, without the logits:
+
+        mean(lse - logits[label] + z_loss * lse**2)    lse = logits.logsumexp(-1)
 
     Args:
-        hidden: [..., D] hidden states.
-        weight: [V, D] weight of the head.
-        labels: [...] integer labels in [0, V) or `ignore_index`.
+        hidden: [..., D] hidden states, floating point, on any device.
+        weight: [V, D] weight of the head, of the same dtype (under autocast of any).
+        labels: [...] int64 or int32 labels in [0, V) or `ignore_index`.
         reduction: "mean" divides by the number of tokens with a label (and is 0, where
             torch's is NaN, if there is none); "none" gives one loss per token, and
             computes the logits twice.
+        label_smoothing: share of the target spread evenly over the whole vocabulary, in
+            [0, 1).
+        z_loss: weight of the squared log-sum-exp (PaLM, arXiv:2204.02311, uses 1e-4).
         token_weights: [...] factor of each token's loss, with an exact gradient.
         impl: "chunked", or "reference" for full logits.
         tp_group: the ranks over which the vocabulary is sharded, in this order: `weight`
             is then this rank's [v, D], `hidden` and `labels` are the same on all ranks,
             and so are the loss and the gradient of `hidden`. The first call with a
             weight exchanges the shards' sizes.
-
-        label_smoothing: share of the target spread evenly over the whole vocabulary, in
-            [0, 1).
-        z_loss: weight of the squared log-sum-exp (PaLM, arXiv:2204.02311, uses 1e-4).
 
     The other settings are the fields of `HeadLossOptions`.
 
@@ -61,6 +62,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: for a value out of range, or for shapes, dtypes or labels that do not
             fit; the message holds what was got.
+        RuntimeError: in the backward pass, for `create_graph=True`.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(
@@ -125,10 +127,10 @@ def _encode(x: Any) -> Any:
     return x
 
 
-def _decode(word: Any) -> Any:
-    if not isinstance(word, str):
-        return word
-    high, *low = map(float.fromhex, word.split())
+def _decode(encoded: Any) -> Any:
+    if not isinstance(encoded, str):
+        return encoded
+    high, *low = map(float.fromhex, encoded.split())
     return int(high) * 2**32 + int(low[0]) if low else high
 
 

@@ -233,7 +233,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, _, _, by_row_N, d_hidden_TD, d_weight_vD = output
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-    ctx.weights_dtype = None if inputs[2] is None else inputs[2].dtype
+    ctx.token_weights_dtype = None if inputs[2] is None else inputs[2].dtype
     ctx.num_rows = len(inputs[6])
     ctx.save_for_backward(by_row_N, d_hidden_TD, d_weight_vD)
 
@@ -247,14 +247,14 @@ def _backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[Any,
 def _gradients(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Of the hidden states, the weight and the token weights."""
     by_row_N, d_hidden_TD, d_weight_vD = ctx.saved_tensors
-    need_d_hidden, need_d_weight, need_d_weights, *_ = ctx.needs_input_grad
+    need_d_hidden, need_d_weight, need_d_token_weights, *_ = ctx.needs_input_grad
     factor = grad_loss.reshape(1)
     d_hidden = (d_hidden_TD * factor).to(ctx.dtypes[0]) if need_d_hidden else None
     d_weight = (d_weight_vD * factor).to(ctx.dtypes[1]) if need_d_weight else None
-    d_weights = None
-    if need_d_weights:
-        d_weights = (by_row_N * grad_loss).to(ctx.weights_dtype)
-    return d_hidden, d_weight, d_weights
+    d_token_weights = None
+    if need_d_token_weights:
+        d_token_weights = (by_row_N * grad_loss).to(ctx.token_weights_dtype)
+    return d_hidden, d_weight, d_token_weights
 
 
 _head_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -165,10 +165,10 @@ class Passes:
         self._vocab_size = num_columns if shard is None else shard.vocab_size
         first = 0 if shard is None else shard.start
 
-        def local(words: torch.Tensor) -> torch.Tensor:
-            """The column of each word among this rank's; -1 for any other number."""
-            here = (words >= first) & (words < first + num_columns)
-            return torch.where(here, words - first, -1)
+        def local(token_ids: torch.Tensor) -> torch.Tensor:
+            """The column of each among this rank's; -1 for any other number."""
+            here = (token_ids >= first) & (token_ids < first + num_columns)
+            return torch.where(here, token_ids - first, -1)
 
         self.valid_N = call.labels_N != options.ignore_index
         self._column_N = torch.where(self.valid_N, call.labels_N, -1)

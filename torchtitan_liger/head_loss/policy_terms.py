@@ -274,7 +274,7 @@ class Preference(SequenceTerm):
             logp = logp - rows["ref_logp"]
         score = sequences.sum(logp) if self.kind == "dpo" else sequences.mean(logp)
         if self.kind == "orpo":
-            # log(p / (1 - p)) of p = exp(score), which rounds to 1 for sure words.
+            # log(p / (1 - p)) of p = exp(score), which rounds to 1 where it is sure.
             miss = -torch.expm1(score.clamp(max=-torch.finfo(score.dtype).eps))
             score = score - miss.log()
         num = len(score) // 2

@@ -4,7 +4,7 @@ A pass over a token's logits `z` leaves a few sums (`Sums`); with the sums of al
 they become statistics (`Statistics`), which the terms read; the terms' partial derivatives
 by those become the coefficients (`Coefficients`) of one formula for the gradient.
 
-`C` tokens of a chunk, `K` candidate words of each token, `V` vocabulary.
+`C` tokens of a chunk, `K` candidate token ids of each token, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def statistics_of(
     sums: Sums,
     needs: Collection[str],
     vocab_size: int,
-    mixture: Mixture | None = None,
-    jsd_beta: float = 0.5,
+    mixture: Mixture | None,
+    jsd_beta: float,
 ) -> Statistics:
     """What the terms ask for, from sums over all columns."""
     log_sumexp_C = sums["sumexp"].log()
@@ -253,8 +253,8 @@ def coefficients_of(
     values: Statistics | None,
     sums: Sums,
     vocab_size: int,
-    mixture: Mixture | None = None,
-    jsd_beta: float = 0.5,
+    mixture: Mixture | None,
+    jsd_beta: float,
 ) -> Coefficients:
     """The gradient by logits from the partials of the loss by statistic.
 

@@ -52,7 +52,7 @@ def statistics_sweep(
     Args:
         logits_Cv: raw logits.
         column_C: the label's column in `logits_Cv`, or -1 where it is on another rank.
-        candidates_CK: likewise, for words other than the label.
+        candidates_CK: likewise, for token ids other than the label.
     """
     for rows in _blocks(logits_Cv):
         part = {name: x[..., rows] for name, x in sums.items()}

@@ -14,7 +14,7 @@ A term of your own is a class with a name, a weight and a loss:
         def loss(self, stats, rows):
             return stats.logp.square()
 
-`C` tokens of a chunk, `K` candidate words of each token.
+`C` tokens of a chunk, `K` candidate token ids of each token.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class SequenceTerm(Term):
 class CrossEntropy(Term):
     """`-log p_y`; with label smoothing as in `torch.nn.functional.cross_entropy`.
 
-    `smooth_over = "others"` spreads `label_smoothing` over the other words instead of
+    `smooth_over = "others"` spreads `label_smoothing` over the other token ids instead of
     over all, the label included.
     """
 
@@ -160,7 +160,7 @@ class CrossEntropy(Term):
         eps, vocab_size = self.label_smoothing, stats.vocab_size
         if self.smooth_over == "others":
             # The mean over the others is (V * mean over all - label) / (V - 1). A
-            # vocabulary of one word has no others.
+            # vocabulary of one has no others.
             eps *= vocab_size / (vocab_size - 1) if vocab_size > 1 else 0.0
         return eps * stats.uniform_ce - (1 - eps) * stats.logp
 
@@ -235,9 +235,9 @@ class SelfWeighted(Term):
 
 @dataclass(frozen=True)
 class Unlikelihood(Term):
-    """`-sum_k log(1 - p_k)` over words that should not come (arXiv:1908.04319).
+    """`-sum_k log(1 - p_k)` over token ids that should not come (arXiv:1908.04319).
 
-    Rows: `candidates`, [C, K] int64 words; -1 for none, and twice counts twice. `1 - p_k`
+    Rows: `candidates`, [C, K] int64 token ids; -1 for none, and twice counts twice. `1 - p_k`
     is held above `floor`, where the gradient ends.
     """
 

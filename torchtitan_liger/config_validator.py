@@ -182,7 +182,7 @@ def _liger_other_losses(job: JobConfig, _: LigerStatus) -> str | None:
 
 
 def _seen_later(_job: JobConfig, _: LigerStatus) -> None:
-    """Only the built model shows it: `parallelize` refuses it."""
+    """Not before the trainer is built."""
 
 
 RULES = (
@@ -203,6 +203,13 @@ RULES = (
     Rule(
         "an LM head that is no plain linear layer (LoRA, a bias, your own)",
         "refused when the model is built",
+        _seen_later,
+        "refuse",
+        ValueError,
+    ),
+    Rule(
+        "a train spec with its own loss, or a model that changes its logits after the head",
+        "refused when the trainer is built, or by the preflight",
         _seen_later,
         "refuse",
         ValueError,

@@ -92,8 +92,8 @@ class HeadLossPlan:
         """Whether a batch has what the terms read.
 
         Raises:
-            ValueError: for a tensor that a term reads and the batch lacks, or one that the
-                implementation does not take.
+            ValueError: for a tensor that a term reads and the batch lacks, or one that no
+                term reads or the implementation does not take.
         """
         for name, reader in self.row_inputs.items():
             if name not in batch:
@@ -102,6 +102,12 @@ class HeadLossPlan:
                     f"{', '.join(sorted(batch))}. Your dataloader puts it beside input; "
                     f"or leave {reader} out"
                 )
+        read = {*self.row_inputs, TOKEN_WEIGHTS}
+        if unread := sorted(FOR_TERMS & batch.keys() - read):
+            raise ValueError(
+                f"the batch has {', '.join(unread)}, which no term reads: give the table of "
+                "[head_loss] that does a weight (0: it is reported alone), or leave it out"
+            )
         if TOKEN_WEIGHTS in batch and self.impl == "liger":
             raise ValueError(
                 f"the batch has {TOKEN_WEIGHTS}, which Liger-Kernel does not know: use "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.models.llama3.model.args import TransformerModelArgs
@@ -109,18 +110,26 @@ def register(name: str) -> None:
         torchtitan_specs.register_train_spec(name, train_spec(name))
 
 
-def check_decoder(name: str) -> None:
+def check_spec(name: str) -> None:
     """
     Raises:
-        ValueError: for a registered train spec of which the head cannot take the loss.
+        ValueError: for a registered train spec whose head cannot take the loss, or that has
+            another loss.
     """
-    decoder = torchtitan_specs.get_train_spec(name).model_cls
+    spec = torchtitan_specs.get_train_spec(name)
+    decoder, loss = spec.model_cls, spec.build_loss_fn
     if not issubclass(decoder, ReturnHiddenStates):
         raise ValueError(
             f"model.name is {name!r}, whose registered train spec has the model "
             f"{decoder.__module__}.{decoder.__qualname__}, which gives no hidden states: "
             "make the spec from that of torchtitan_liger.models.train_spec, or turn the "
             f"fused loss off ({FLAG_OFF})"
+        )
+    if loss is not build_cross_entropy_loss:
+        raise ValueError(
+            f"model.name is {name!r}, whose registered train spec has the loss of "
+            f"{getattr(loss, '__qualname__', loss)}, which the head would not compute: say "
+            f"it in [head_loss], or turn the fused loss off ({FLAG_OFF})"
         )
 
 

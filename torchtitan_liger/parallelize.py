@@ -75,8 +75,13 @@ def _plain_head(model: nn.Module, job_config: JobConfig) -> LMHead:
             found = "one with a bias"
         elif "forward" in vars(head):
             found = "one with another forward"
-        elif head._forward_pre_hooks or head._forward_hooks:
-            found = "one with hooks of its forward pass"
+        elif (
+            head._forward_pre_hooks
+            or head._forward_hooks
+            or head._backward_pre_hooks
+            or head._backward_hooks
+        ):
+            found = "one with hooks"
         else:
             return head
     else:

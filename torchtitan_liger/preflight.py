@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import ParallelDims
 
+from torchtitan_liger.cli import FLAG_OFF
 from torchtitan_liger.full_logits import Gradients, Sample, full_logits_gradients
 from torchtitan_liger.head_loss import CrossEntropy, HeadLoss, SequenceTerm
 from torchtitan_liger.head_loss.calls import products_dtype
@@ -114,7 +116,8 @@ def check_head(
         seq_len: the longest sequence that the model is built for.
 
     Raises:
-        PreflightError: when the errors are larger than the bounds.
+        PreflightError: when the errors are larger than the bounds, or the model does more
+            to logits than its head.
     """
     start = time.perf_counter()
     head = model.get_submodule("output")
@@ -122,16 +125,26 @@ def check_head(
     assert head.head_loss is not None
     head_loss, left_out = _without_batch_inputs(head.head_loss)
     calls = head.num_fused_calls
+    tokens_1L, labels_1L = _draw_batch(
+        head.out_features, parallel_dims, seq_len, device
+    )
+    inputs, labels, extra_inputs, extra_kwargs = prepare_batch(
+        {"input": tokens_1L}, labels_1L
+    )
+    decode = partial(model, inputs, **extra_inputs, **extra_kwargs)
+    # By itself: FSDP leaves the head's weight gathered, and the next pass has to gather it.
+    with _no_trace(model, device), torch.no_grad(), train_context(), amp:
+        _check_output(decode, head)
     with _no_trace(model, device):
         fused, sample = _fused_step(
             model,
             head,
             head_loss,
+            decode,
+            labels,
             parallel_dims,
-            prepare_batch,
             train_context,
             amp,
-            seq_len,
             device,
         )
         weight_VD = _full(head.weight.detach()).to(device)  # it may be offloaded
@@ -161,9 +174,8 @@ def check_head(
     )
     if not report.passed:
         raise PreflightError(
-            f"{report}. Training would go wrong in silence; train with "
-            "--liger_kernel.no-enable_fused_linear_cross_entropy and report this line. "
-            "(--liger_kernel.no-preflight skips the check.)"
+            f"{report}. Training would go wrong in silence; train with {FLAG_OFF} and "
+            "report this line. (--liger_kernel.no-preflight skips the check.)"
         )
     return report
 
@@ -188,26 +200,19 @@ def _fused_step(
     model: nn.Module,
     head: LMHead,
     head_loss: HeadLoss | LigerHeadLoss,
+    decode: Callable[..., torch.Tensor],
+    labels: torch.Tensor,
     dims: ParallelDims,
-    prepare_batch: PrepareBatch,
     train_context: Callable[[], AbstractContextManager[None]],
     amp: AbstractContextManager[None],
-    seq_len: int,
     device: torch.device,
 ) -> tuple[Gradients, Sample]:
     """One step of training on a few tokens, and what went into its head."""
-    tokens_1L, labels_1L = _draw_batch(head.out_features, dims, seq_len, device)
-    inputs, labels, extra_inputs, extra_kwargs = prepare_batch(
-        {"input": tokens_1L}, labels_1L
-    )
     num_labels = _gather((labels != IGNORE_INDEX).sum()[None], dims)
     total = sum(int(n) for n in num_labels)
-    # Eager, so that this small batch leaves no trace in what compiled code specializes on.
-    with torch.compiler.set_stance("force_eager"), train_context():
+    with train_context():
         with amp:
-            hidden = model(
-                inputs, **extra_inputs, **extra_kwargs, return_hidden_states=True
-            )
+            hidden = decode(return_hidden_states=True)
             tied = head.weight is model.get_submodule("tok_embeddings").weight
             if tied or not hidden.requires_grad:  # as of a frozen decoder
                 # Only the head's share of the gradient is to be compared.
@@ -235,6 +240,32 @@ def _fused_step(
         d_weight=_local(d_weight).to(device, copy=True),
     )
     return fused, sample
+
+
+def _check_output(decode: Callable[[], torch.Tensor], head: LMHead) -> None:
+    """
+    Raises:
+        PreflightError: where the model gives something else than its head does. What it
+            does to logits, it would do to hidden states.
+    """
+    of_head: list[torch.Tensor] = []
+    handle = head.register_forward_hook(
+        lambda _head, _args, logits: of_head.append(_local(logits).float().clone())
+    )
+    try:
+        logits = _local(decode()).float()  # which a model may well do
+    finally:
+        handle.remove()
+    is_the_heads = [x.shape for x in of_head] == [logits.shape] and torch.allclose(
+        logits, of_head[0], rtol=0, atol=0, equal_nan=True
+    )
+    if not is_the_heads:
+        raise PreflightError(
+            "the model changes the logits that its LM head gives (in its own forward, or "
+            "in a hook), which the fused loss would not see: leave that to logit_softcap "
+            "and temperature in [head_loss], or turn the fused loss off "
+            f"({FLAG_OFF})"
+        )
 
 
 def _draw_batch(
@@ -328,11 +359,17 @@ def _slice_of_this_rank(num_labels: list[torch.Tensor], dims: ParallelDims) -> s
 
 @contextlib.contextmanager
 def _no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restore buffers and random number generators, remove gradients, shard parameters."""
+    """Restore buffers and random number generators, remove gradients, shard parameters.
+
+    Eager, so that a small batch leaves no trace in what compiled code specializes on.
+    """
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = [] if device.type == "cpu" else [device]
     try:
-        with torch.random.fork_rng(devices, device_type=device.type):
+        with (
+            torch.compiler.set_stance("force_eager"),
+            torch.random.fork_rng(devices, device_type=device.type),
+        ):
             yield
     finally:
         with torch.no_grad():

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.tools.logging import logger
@@ -15,7 +16,7 @@ from torchtitan.tools.utils import device_module
 from torchtitan.train import Trainer
 
 from torchtitan_liger import data, models
-from torchtitan_liger.cli import FLAG_ON
+from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
 from torchtitan_liger.config_validator import model_args, resolve
 from torchtitan_liger.head_loss.calls import check_label_range
 from torchtitan_liger.head_loss.chunking import MIB
@@ -46,7 +47,7 @@ class LigerTrainer(Trainer):
         self.head_loss_plan = resolve(job_config)
         self.head_loss_report = HeadLossReport()
         if self.head_loss_plan.enabled:
-            models.check_decoder(job_config.model.name)
+            models.check_spec(job_config.model.name)
         if self.head_loss_plan.warning:
             logger.warning(self.head_loss_plan.warning)
         super().__init__(job_config)
@@ -54,6 +55,7 @@ class LigerTrainer(Trainer):
             logger.info(self.head_loss_plan.announcement())
             if not self.head_loss_plan.is_plain:
                 logger.info(f"The head's loss is {self.head_loss_plan.formula}")
+            self._check_built()
             self._log_memory_plan()
 
     @property
@@ -61,6 +63,31 @@ class LigerTrainer(Trainer):
         head = self.model_parts[0].output
         assert isinstance(head, LMHead)
         return head
+
+    def _check_built(self) -> None:
+        """
+        Raises:
+            ValueError: where the head has no loss, or where ranks have other
+                implementations, as when Liger-Kernel is missing on one machine: they would
+                wait for each other's metrics for ever.
+        """
+        if getattr(self.model_parts[0].output, "head_loss", None) is None:
+            raise ValueError(
+                f"model.name is {self.job_config.model.name!r}, whose train spec has a "
+                "parallelize_fn that leaves the LM head without its loss: make it "
+                "functools.partial(torchtitan_liger.parallelize.parallelize, yours), or "
+                f"turn the fused loss off ({FLAG_OFF})"
+            )
+        if self.job_config.comm.mode != "default" or not dist.is_initialized():
+            return
+        said = [""] * dist.get_world_size()
+        dist.all_gather_object(said, self.head_loss_plan.announcement())
+        if others := [i for i, line in enumerate(said) if line != said[0]]:
+            raise ValueError(
+                f"rank 0 says: {said[0]}; rank {others[0]}: {said[others[0]]}. All ranks "
+                "need one implementation: mend the environment, or choose "
+                "--liger_kernel.impl chunked"
+            )
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         """As torchtitan's; refuses labels that are no token ids, while they are on the host.

@@ -319,6 +319,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     preflight_checks.preflight_passes,
     preflight_checks.preflight_of_frozen_parts,
     preflight_checks.preflight_catches,
+    preflight_checks.ranks_of_two_minds,
 )
 
 

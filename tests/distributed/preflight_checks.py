@@ -80,6 +80,17 @@ def preflight_of_frozen_parts() -> dict[str, str]:
     return lines
 
 
+def ranks_of_two_minds() -> str:
+    """What each rank says where one would have another implementation."""
+    case = Case("unlike", 2, "liger_kernel.impl=chunked liger_kernel.impl=reference")
+    options = case.options.split()[dist.get_rank()]
+    try:
+        matrix.build_trainer(case._replace(options=options), fused=True).close()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def run_preflight(trainer: Any) -> preflight.PreflightReport:
     return preflight.check_head(
         trainer.model_parts[0],
@@ -96,9 +107,17 @@ def run_preflight(trainer: Any) -> preflight.PreflightReport:
 def weight_read_from_outside() -> Iterator[None]:
     """FSDP's hooks do not run: each rank keeps its own gradient."""
 
+    real = lm_head.LMHead.__call__
+
     def call(
-        self: lm_head.LMHead, hidden: Any, labels: Any, head_loss: Any, **kwargs: Any
+        self: lm_head.LMHead,
+        hidden: Any,
+        labels: Any = None,
+        head_loss: Any = None,
+        **kwargs: Any,
     ) -> Any:
+        if labels is None:
+            return real(self, hidden)
         weight = self.weight
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()

@@ -195,6 +195,13 @@ def test_preflight_passes_and_leaves_no_trace(layout, launch):
 
 
 @pytest.mark.slow
+def test_ranks_with_other_implementations_are_named(launch):
+    said = launch("tests.distributed.checks", 2)[0]["ranks_of_two_minds"]
+    assert "rank 0 says: Using the chunked" in said
+    assert "rank 1: Using the reference" in said
+
+
+@pytest.mark.slow
 def test_preflight_passes_where_parts_are_frozen(launch):
     lines = launch("tests.distributed.checks", 2)[0]["preflight_of_frozen_parts"]
     assert len(lines) == 4

@@ -51,6 +51,11 @@ def test_a_missing_tensor_is_named_with_its_reader_and_what_is_there():
         PPO.check_batch({"advantages": ROWS, "ref_logp": ROWS, "input": TOKENS})
 
 
+def test_what_no_term_reads_is_named():
+    with pytest.raises(ValueError, match="has old_logp, ref_logp, which no term reads"):
+        PLAIN.check_batch({"input": TOKENS, "ref_logp": ROWS, "old_logp": ROWS})
+
+
 def test_liger_knows_no_token_weights():
     plan = HeadLossPlan("liger", HeadLossOptions())
     plan.check_batch({"input": TOKENS})

@@ -39,13 +39,23 @@ def unlike_the_model(head):
     return nn.Linear(head.in_features, head.out_features)
 
 
+def add_backward_hook(head):
+    head.register_full_backward_hook(lambda _head, d_inputs, _d_logits: d_inputs)
+
+
+def add_backward_pre_hook(head):
+    head.register_full_backward_pre_hook(lambda _head, d_logits: d_logits)
+
+
 @pytest.mark.parametrize(
     ("convert", "found"),
     [
         (quantize, "one with a weight of Quantized"),
         (add_bias, "one with a bias"),
         (replace_forward, "one with another forward"),
-        (add_hook, "one with hooks of its forward pass"),
+        (add_hook, "one with hooks"),
+        (add_backward_hook, "one with hooks"),
+        (add_backward_pre_hook, "one with hooks"),
         (weight_norm, r"ParametrizedLMHead\("),
         (unlike_the_model, r"Linear\(.*bias=True\)"),
     ],

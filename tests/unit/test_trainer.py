@@ -89,7 +89,13 @@ from torchtitan.models.llama3 import get_train_spec
 from torchtitan.protocols.train_spec import register_train_spec
 from torchtitan_liger.models import train_spec
 
-for name, spec in {"mine": train_spec("llama3"), "plain": get_train_spec()}.items():
+def triple(*_, **__):
+    return None
+
+ours = train_spec("llama3")
+specs = {"mine": ours, "plain": get_train_spec()}
+specs["other_loss"] = replace(ours, build_loss_fn=triple)
+for name, spec in specs.items():
     args = {"small": spec.model_args["debugmodel"]}
     register_train_spec(name, replace(spec, model_args=args))
 """
@@ -102,6 +108,7 @@ def test_a_custom_import_comes_before_what_it_registers_is_looked_up(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torchtitan_specs, "_extra_train_specs", {})
     monkeypatch.setattr(Trainer, "__init__", lambda self, job_config: None)
+    monkeypatch.setattr(LigerTrainer, "_check_built", lambda self: None)
     monkeypatch.setattr(LigerTrainer, "_log_memory_plan", lambda self: None)
 
     def trainer(name, **settings):
@@ -122,6 +129,25 @@ def test_a_custom_import_comes_before_what_it_registers_is_looked_up(
     assert not trainer("plain").head_loss_plan.enabled
     with pytest.raises(ValueError, match="'plain', .*Transformer, .*models.train_spec"):
         trainer("plain", **on)
+    assert not trainer("other_loss").head_loss_plan.enabled
+    with pytest.raises(
+        ValueError, match=r"'other_loss', .* loss of triple, .*head_loss"
+    ):
+        trainer("other_loss", **on)
+
+
+def test_a_head_that_was_not_prepared_is_refused():
+    trainer = LigerTrainer.__new__(LigerTrainer)
+    trainer.job_config = SimpleNamespace(
+        model=SimpleNamespace(name="mine"), comm=SimpleNamespace(mode="default")
+    )
+    linear = torch.nn.Linear(4, 8, bias=False)
+    for head in (linear, LMHead.from_linear(linear)):
+        trainer.model_parts = [SimpleNamespace(output=head)]
+        with pytest.raises(ValueError, match="'mine', .*parallelize_fn .*partial"):
+            trainer._check_built()
+    head.head_loss = HeadLoss()
+    trainer._check_built()
 
 
 def test_torchtitans_own_loss_has_no_terms_to_log(trainer):

@@ -64,6 +64,8 @@ def _is_constant(term: Term) -> bool:
     return (
         parameters is not None
         and parameters.frozen
+        # What is in a slot, `vars` does not have.
+        and not any(vars(kind).get("__slots__") for kind in type(term).__mro__)
         and all(type(x) in kinds for x in vars(term).values())
     )
 

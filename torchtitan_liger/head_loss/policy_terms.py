@@ -30,7 +30,7 @@ class PolicyGradient(Term):
                      (arXiv:2506.13585)
         "reinforce"  -A log p_y
 
-    GRPO and DAPO are "ppo" with their advantages, bounds and normalizer. With
+    GRPO and DAPO are "ppo" with their advantages, bounds and normalizer. With its
     `dual_clip` > 1, a token with A < 0 loses at most `-dual_clip * A` (arXiv:1912.09729).
 
     With `importance_cap`, tokens are weighted by how much likelier they were under the
@@ -63,6 +63,8 @@ class PolicyGradient(Term):
         _check_clip(self.clip_low, self.clip_high)
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
+        if self.dual_clip is not None and self.kind != "ppo":
+            raise ValueError(f'dual_clip is for "ppo" only, got kind {self.kind!r}')
         if self.importance_cap is not None and not self.importance_cap > 0:
             raise ValueError(
                 f"importance_cap must be positive, got {self.importance_cap}"
@@ -192,7 +194,7 @@ class Preference(SequenceTerm):
     """Prefer one answer to another: DPO and its family.
 
     With each sequence's sum of log p_y over its tokens, `S`, and their mean, `M`; d(x) is
-    x of the chosen sequence minus x of the rejected one:
+    x of the chosen sequence minus x of the rejected one, 0 for one without a label:
 
         "dpo"    -log sigmoid(beta d(S - S_ref))             (arXiv:2305.18290)
         "ipo"    (d(M - M_ref) - 1 / (2 beta)) ** 2          (arXiv:2310.12036)
@@ -276,7 +278,9 @@ class Preference(SequenceTerm):
         if self.kind == "orpo":
             # log(p / (1 - p)) of p = exp(score), which rounds to 1 where it is sure.
             miss = -torch.expm1(score.clamp(max=-torch.finfo(score.dtype).eps))
-            score = score - miss.log()
+            # As for the others, a sequence without any token counts 0: it is not sure.
+            is_there = sequences.sum(torch.ones_like(logp)) > 0
+            score = torch.where(is_there, score - miss.log(), 0.0)
         num = len(score) // 2
         if self.layout == "pairs":
             chosen, rejected, pair_C = score[0::2], score[1::2], sequences.ids_C // 2

@@ -115,6 +115,28 @@ class Hidden(Term):
     name: str = "hidden"
 
 
+@dataclass(frozen=True, slots=True)
+class Slotted(Term):
+    """Whose numbers are not in its `__dict__`, and not all in its `repr`."""
+
+    factor: float = field(repr=False)
+    weight: float = 1.0
+    name: str = "slotted"
+
+    def loss(self, stats, rows):
+        return -self.factor * stats.logp
+
+
+def test_terms_with_slots_are_told_apart():
+    first, second = HeadLoss([Slotted(1.0)]), HeadLoss([Slotted(3.0)])
+    problem = Problem(T=T, D=D, V=V)
+    args = problem.hidden, problem.weight, problem.labels
+    compiled = torch.compile(
+        lambda: second(*args).loss, backend="aot_eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(), 3 * first(*args).loss, rtol=1e-12, atol=0)
+
+
 def test_only_terms_that_stay_equal_share_a_recipe():
     options = HeadLossOptions()
     heads = [HeadLoss([ZLoss(0.25)], options) for _ in range(2)]

@@ -120,6 +120,26 @@ def run(problem, head, **call):
     return problem.run(loss_of)
 
 
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "simpo", "orpo"])
+def test_a_sequence_without_labels_counts_zero(problem, kind):
+    problem.labels.view(B, L)[1] = -100
+    labels = problem.labels.view(B, L)
+    head = HeadLoss([Preference(kind, beta=0.4)])
+    read = read_by(head, problem.rows)
+    rows = {name: x.view(B, L)[:2] for name, x in read.items()}
+    args = problem.hidden.view(B, L, -1)[:2], problem.weight, labels[:2]
+    margin = (
+        head(*args, **rows).metrics["preference/margin"] / (labels[0] != -100).sum()
+    )
+    logp = logp_of(problem.hidden, problem.weight, problem.labels)
+    if kind in ("dpo", "ipo"):
+        logp = logp - masked(problem.rows["ref_logp"], problem.labels)
+    score = logp[0].sum() if kind == "dpo" else logp[0].sum() / lengths(labels)[0]
+    if kind == "orpo":
+        score = score - (1 - score.exp()).log()
+    torch.testing.assert_close(margin, score, rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize("clip", [0.05, 1.0])
 def test_gspo(problem, clip, chunks):
     truth = problem.run(gspo(problem, clip))

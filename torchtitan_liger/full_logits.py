@@ -1,7 +1,7 @@
 """Loss and gradients from full logits: what the preflight compares the fused head with.
 
-`n` tokens at a time of `N` on all ranks, `D` width, `V` vocabulary, `v` the columns whose
-gradient this rank holds.
+`n` tokens at a time of `N` on all ranks, `D` width, `V` vocabulary, `b` columns of it at a
+time, `v` those whose gradient this rank holds.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Liger-Kernel: whether it is usable here, if not why, and how we call it.
 
-The only file that imports `liger_kernel`.
+The only file that imports `liger_kernel`. `T` tokens, `N` of them that count, `D` width, `V`
+vocabulary.
 """
 
 from __future__ import annotations

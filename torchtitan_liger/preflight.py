@@ -9,7 +9,7 @@ this job's dtype, times `MARGIN`.
 Terms that read more from the batch than labels are left out; if nothing is left, the
 cross entropy stands in for them.
 
-`N` tokens with a label on all ranks, `D` width, `V` vocabulary, `v` the columns whose
+`N` tokens with a label on all ranks, `n` on this one, `L` sequence, `D` width, `V` vocabulary, `v` the columns whose
 gradient this rank holds.
 """
 

@@ -1,4 +1,7 @@
-"""torchtitan's trainer, with the loss computed by the LM head."""
+"""torchtitan's trainer, with the loss computed by the LM head.
+
+`B` batch, `L` sequence, `l` this rank's part of it, `D` width.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation without logits."""
+"""Validation without logits. `B` batch, `L` sequence, `D` width."""
 
 from __future__ import annotations
 

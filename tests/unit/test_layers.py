@@ -29,7 +29,7 @@ LAYERS = (
     {"head_loss.evaluate"},
     {"head_loss.passes"},
     {"head_loss.chunked"},
-    {"head_loss.opaque"},
+    {"head_loss.custom_op"},
     {"head_loss.engine"},
     {"head_loss.functional"},
     {"head_loss"},

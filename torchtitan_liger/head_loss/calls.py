@@ -1,6 +1,6 @@
 """What every implementation does with the arguments of a call and with its gradients.
 
-`T` tokens, `D` width, `V` vocabulary, `v` this rank's columns of it.
+`T` tokens, `N` of them that count, `K` candidates of each, `D` width, `V` vocabulary.
 """
 
 from __future__ import annotations

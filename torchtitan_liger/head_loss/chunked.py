@@ -61,7 +61,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
             need_d_weight=now and need_d_weight,
             need_partials=call.with_grad and ctx.later,
         )
-        d_token_weights_N = result.by_row_N if need_d_token_weights else None
+        d_token_weights_N = result.by_token_N if need_d_token_weights else None
         if ctx.later:
             ctx.call, ctx.softmax, ctx.partials = call, result.softmax, result.partials
             # What the logits are computed from once more may not change until then.
@@ -118,7 +118,7 @@ class ChunkedTokenLosses(torch.autograd.Function):
         ctx.call, ctx.softmax, ctx.partials = call, result.softmax, result.partials
         # What the logits are computed from once more may not change until then.
         ctx.save_for_backward(hidden_TD, weight_vD, *call.read_again())
-        return result.by_row_N
+        return result.by_token_N
 
     @staticmethod
     @without_second_derivative
@@ -157,7 +157,7 @@ def _later_gradients(
 
 class Result(NamedTuple):
     loss: torch.Tensor  # []
-    by_row_N: torch.Tensor  # each token's loss before its weight, scaled
+    by_token_N: torch.Tensor  # each token's loss before its weight, scaled
     by_term: torch.Tensor  # scaled
     metrics: torch.Tensor  # [M] sums, then extremes; not scaled
     softmax: Softmax
@@ -179,10 +179,10 @@ def run(
     """Everything about a call in one go; or, with `need_partials` instead of gradients,
     what they are made of."""
     one = torch.ones_like(call.scale)
-    row_weight_N = one.expand(len(call.labels_N))
+    token_weight_N = one.expand(len(call.labels_N))
     if token_weights_N is not None:
         valid_N = call.labels_N != call.options.ignore_index
-        row_weight_N = torch.where(valid_N, token_weights_N.to(one.dtype), 0.0)
+        token_weight_N = torch.where(valid_N, token_weights_N.to(one.dtype), 0.0)
     with torch.autocast(hidden_TD.device.type, enabled=False):
         passes = Passes(
             hidden_TD,
@@ -193,17 +193,19 @@ def run(
         )
         with_grad = need_d_hidden or need_d_weight
         # The scale belongs to the gradients before they are rounded.
-        weight_N = call.scale * row_weight_N
+        weight_N = call.scale * token_weight_N
         parts = []
         if with_grad and _at_once(call):
-            for rows in call.chunks():
-                constants = _partials(passes, None, rows, weight_N)
-                parts.append(passes.gradients_at_once(passes.logits(rows), constants))
+            for tokens in call.chunks():
+                constants = _partials(passes, None, tokens, weight_N)
+                parts.append(passes.gradients_at_once(passes.logits(tokens), constants))
         else:
-            for rows, softmax, chunk in _one_by_one(passes):
+            for chunk, softmax in _one_by_one(passes):
                 parts.append(softmax)
                 if with_grad and not call.two_phase:
-                    coefficients = _coefficients(passes, softmax, rows, weight_N)
+                    coefficients = _coefficients(
+                        passes, softmax, chunk.tokens, weight_N
+                    )
                     passes.gradients(chunk, coefficients)
         softmax = Softmax.together(parts)
         # What is only reported comes last, for all tokens at once.
@@ -227,8 +229,8 @@ def run(
             if with_grad:
                 _second_phase(passes, softmax, partials)
     return Result(
-        (values.by_row * row_weight_N).sum() * call.scale,
-        values.by_row * call.scale,
+        (values.by_token * token_weight_N).sum() * call.scale,
+        values.by_token * call.scale,
         values.by_term,
         metrics,
         softmax,
@@ -237,21 +239,21 @@ def run(
     )
 
 
-def _one_by_one(passes: Passes) -> Iterator[tuple[slice, Softmax, Chunk]]:
+def _one_by_one(passes: Passes) -> Iterator[tuple[Chunk, Softmax]]:
     """Each chunk with its softmax, while its logits are still there."""
     pending = None
-    for rows in passes.call.chunks():
-        chunk = passes.logits(rows)
+    for tokens in passes.call.chunks():
+        chunk = passes.logits(tokens)
         wait = passes.start(chunk)
         if passes.call.shard is None:
-            yield rows, passes.softmax(chunk, wait), chunk
+            yield chunk, passes.softmax(chunk, wait)
             continue
         # While a chunk's sums travel, the next one's logits are computed.
         if pending is not None:
-            yield pending[0].rows, passes.softmax(*pending), pending[0]
+            yield pending[0], passes.softmax(*pending)
         pending = chunk, wait
     if pending is not None:
-        yield pending[0].rows, passes.softmax(*pending), pending[0]
+        yield pending[0], passes.softmax(*pending)
 
 
 def _slopes_are_constant(call: HeadCall) -> bool:
@@ -272,31 +274,31 @@ def _at_once(call: HeadCall) -> bool:
 
 
 def _coefficients(
-    passes: Passes, softmax: Softmax, rows: slice, weight_N: torch.Tensor
+    passes: Passes, softmax: Softmax, tokens: slice, weight_N: torch.Tensor
 ) -> Coefficients:
-    """Of the gradient of the tokens in `rows`, whose softmax this is."""
+    """Of the gradient of these tokens, whose softmax this is."""
     constant = _slopes_are_constant(passes.call)
     statistics = None if constant else passes.statistics(softmax)
-    partials = _partials(passes, statistics, rows, weight_N)
+    partials = _partials(passes, statistics, tokens, weight_N)
     return passes.coefficients(partials, softmax, statistics)
 
 
 def _partials(
-    passes: Passes, statistics: Statistics | None, rows: slice, weight_N: torch.Tensor
+    passes: Passes, statistics: Statistics | None, tokens: slice, weight_N: torch.Tensor
 ) -> Partials:
     call = passes.call
     return partials_of(
         call.terms,
         statistics,
-        {name: x[rows] for name, x in call.rows.items()},
-        weight_N[rows],
-        passes.valid_N[rows],
-        None if call.sequences is None else call.sequences.rows(rows),
+        {name: x[tokens] for name, x in call.rows.items()},
+        weight_N[tokens],
+        passes.valid_N[tokens],
+        None if call.sequences is None else call.sequences.part(tokens),
     )
 
 
 def _second_phase(passes: Passes, softmax: Softmax, partials: Partials) -> None:
     """The logits once more, in the same chunks and so to the same bits."""
     coefficients = passes.coefficients(partials, softmax, None)
-    for rows in passes.call.chunks():
-        passes.gradients(passes.logits(rows), coefficients.rows(rows))
+    for tokens in passes.call.chunks():
+        passes.gradients(passes.logits(tokens), coefficients.part(tokens))

@@ -1,4 +1,7 @@
-"""The public face of the engine: `HeadLoss`."""
+"""The public face of the engine: `HeadLoss`.
+
+`T` tokens, `N` of them that count, `D` width, `V` vocabulary, `v` this rank's columns.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-import torchtitan_liger.head_loss.opaque as opaque
+import torchtitan_liger.head_loss.custom_op as custom_op
 from torchtitan_liger.head_loss.calls import (
     Call,
     check_candidates,
@@ -99,7 +102,7 @@ class HeadLoss:
                 'impl="reference" has CrossEntropy(label_smoothing) and, after it, '
                 f"ZLoss(weight) only, got {self.terms}"
             )
-        self._recipe = opaque.recipe_of(self.terms, self.options)
+        self._recipe = custom_op.recipe_of(self.terms, self.options)
         inputs = frozenset[str]().union(*(term.inputs for term in self.terms))
         if inputs and (taken := inputs & signature(self.__call__).parameters.keys()):
             raise ValueError(
@@ -118,7 +121,7 @@ class HeadLoss:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Of a copy, which may be in another process.
-        recipe = opaque.recipe_of(state["terms"], state["options"])
+        recipe = custom_op.recipe_of(state["terms"], state["options"])
         vars(self).update(state, _recipe=recipe)
 
     def __call__(
@@ -201,12 +204,11 @@ class HeadLoss:
         rows = row_inputs_of(row_inputs, self._inputs, labels, call.scale.dtype)
         if "candidates" in self._inputs:
             call = check_candidates(call, rows["candidates"], vocab_size, check_labels)
-        labels_N, valid_N = call.labels_T, call.valid_T
         sequences = None
         if self._sequence_terms:
             sequences = sequences_of(
                 labels,
-                valid_N,
+                call.valid_T,
                 sequence_ids,
                 num_sequences,
                 check_labels=check_labels,
@@ -235,6 +237,7 @@ class HeadLoss:
             call = call._replace(scale=scale)
             return self._reference(call, weight, token_weights, labels.shape, reduction)
 
+        labels_N, valid_N = call.labels_T, call.valid_T
         if kept_N is not None:
             labels_N, valid_N = labels_N[kept_N], valid_N[kept_N]
             rows = {name: x[kept_N] for name, x in rows.items()}
@@ -266,7 +269,7 @@ class HeadLoss:
             with_grad=torch.is_grad_enabled(),
         )
         if reduction == "none":
-            losses_N = opaque.apply_eagerly(
+            losses_N = custom_op.apply_eagerly(
                 ChunkedTokenLosses, call.hidden_TD, weight, head_call
             )
             losses_T = losses_N
@@ -275,12 +278,12 @@ class HeadLoss:
                 zeros_T = torch.zeros_like(call.labels_T, dtype=scale.dtype) * scale
                 losses_T = zeros_T.index_copy(0, kept_N, losses_N)
             return HeadLossOutput(losses_T.view(labels.shape), {}, {})
-        if torch.compiler.is_compiling() and opaque.fits(head_call):
-            loss, by_term, metrics = opaque.apply(
+        if torch.compiler.is_compiling() and custom_op.fits(head_call):
+            loss, by_term, metrics = custom_op.apply(
                 call.hidden_TD, weight, token_weights, head_call, self._recipe
             )
         else:
-            loss, by_term, metrics = opaque.apply_eagerly(
+            loss, by_term, metrics = custom_op.apply_eagerly(
                 ChunkedHeadLoss, call.hidden_TD, weight, token_weights, head_call
             )
         names = [term.name for term in self.terms]

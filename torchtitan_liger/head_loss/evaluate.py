@@ -1,6 +1,6 @@
 """From statistics to losses, metrics, and the partial derivatives of the loss.
 
-`C` tokens of a chunk, or of all chunks; `N` terms, `M` metrics.
+`C` tokens of a chunk, or of all chunks; `S` terms, the summands; `M` metrics.
 """
 
 from __future__ import annotations
@@ -97,15 +97,15 @@ def is_extreme(name: str) -> bool:
 class TermValues(NamedTuple):
     """What the terms give, without gradient."""
 
-    by_row: torch.Tensor  # [C] the weighted sum over terms
-    by_term: torch.Tensor  # [N] weighted sums over rows, before the terms' weights
+    by_token: torch.Tensor  # [C] the weighted sum over terms
+    by_term: torch.Tensor  # [S] weighted sums over rows, before the terms' weights
 
 
 def values_of(
     terms: Sequence[Term],
     stats: Statistics,
     rows: Rows,
-    row_weight_C: torch.Tensor,
+    token_weight_C: torch.Tensor,
     valid_C: torch.Tensor,
     sequences: Sequences | None,
 ) -> TermValues:
@@ -120,15 +120,15 @@ def values_of(
                 "token_weights"
             )
     with torch.no_grad():
-        by_row_C = torch.zeros_like(row_weight_C)
+        by_token_C = torch.zeros_like(token_weight_C)
         for term, loss_C in zip(terms, losses, strict=True):
             if term.weight:
                 # By Python numbers: a tensor would have to be copied to the GPU.
-                by_row_C = by_row_C + term.weight * loss_C
-        weighted_NC = torch.stack(losses) * row_weight_C
+                by_token_C = by_token_C + term.weight * loss_C
+        weighted_SC = torch.stack(losses) * token_weight_C
         return TermValues(
-            torch.where(valid_C, by_row_C, 0.0),
-            torch.where(valid_C, weighted_NC, 0.0).sum(dim=1),
+            torch.where(valid_C, by_token_C, 0.0),
+            torch.where(valid_C, weighted_SC, 0.0).sum(dim=1),
         )
 
 
@@ -136,18 +136,18 @@ def partials_of(
     terms: Sequence[Term],
     stats: Statistics | None,
     rows: Rows,
-    row_weight_C: torch.Tensor,
+    token_weight_C: torch.Tensor,
     valid_C: torch.Tensor,
     sequences: Sequences | None,
 ) -> Partials:
-    """The partials of `sum(row_weight * loss)` by statistic, each [C] or [C, K].
+    """The partials of `sum(token_weight * loss)` by statistic, each [C] or [C, K].
 
     A statistic that no term of a weight other than zero reads has None.
 
     Args:
         stats: may be None if all terms have slopes.
     """
-    weight_C = torch.where(valid_C, row_weight_C, 0.0)
+    weight_C = torch.where(valid_C, token_weight_C, 0.0)
     partials: dict[str, Any] = {}
 
     def add(name: str, grad: torch.Tensor) -> None:

@@ -110,7 +110,7 @@ class HeadCall(NamedTuple):
 class Chunk(NamedTuple):
     """A chunk whose logits are in one of the buffers."""
 
-    rows: slice
+    tokens: slice
     logits_Cv: torch.Tensor
     hidden_CD: torch.Tensor
     teacher: Logits | None
@@ -205,34 +205,34 @@ class Passes:
             )
             self._d_weight = WeightGradient(self._weight_vD, sum_dtype)
 
-    def logits(self, rows: slice) -> Chunk:
+    def logits(self, tokens: slice) -> Chunk:
         """Product 1."""
         kept_N = self.call.kept_N
         if kept_N is not None:
-            hidden_CD = self._hidden_TD.index_select(0, kept_N[rows])
+            hidden_CD = self._hidden_TD.index_select(0, kept_N[tokens])
         elif self.call.all_labeled:
-            hidden_CD = self._hidden_TD[rows]
+            hidden_CD = self._hidden_TD[tokens]
         else:
             # A row without a label must not reach the gradients, whatever it holds:
             # 0 * NaN would.
-            hidden_CD = masked(self._hidden_TD[rows], self.valid_N[rows])
+            hidden_CD = masked(self._hidden_TD[tokens], self.valid_N[tokens])
         buffer_Cv = self._buffers[self._turn][: len(hidden_CD)]
         logits_Cv = torch.mm(hidden_CD, self._weight_vD.t(), out=buffer_Cv)
-        teacher = self._teacher_logits(rows) if self._has_teacher else None
+        teacher = self._teacher_logits(tokens) if self._has_teacher else None
         self._turn = (self._turn + 1) % len(self._buffers)
-        return Chunk(rows, logits_Cv, hidden_CD, teacher)
+        return Chunk(tokens, logits_Cv, hidden_CD, teacher)
 
-    def _teacher_logits(self, rows: slice) -> Logits:
+    def _teacher_logits(self, tokens: slice) -> Logits:
         teacher, kept_N = self.call.teacher, self.call.kept_N
         assert teacher is not None
         given = teacher.hidden if teacher.logits is None else teacher.logits
         assert given is not None
         if kept_N is not None:
-            part = given.index_select(0, kept_N[rows])
+            part = given.index_select(0, kept_N[tokens])
         elif self.call.all_labeled:
-            part = given[rows]
+            part = given[tokens]
         else:
-            part = masked(given[rows], self.valid_N[rows])
+            part = masked(given[tokens], self.valid_N[tokens])
         if teacher.weight is not None:
             buffer_Cv = self._teacher_buffers[self._turn][: len(part)]
             part = torch.mm(part, teacher.weight.t(), out=buffer_Cv)
@@ -247,7 +247,7 @@ class Passes:
         packed_kC = self._empty_sums(chunk)
         self._sweeps.statistics_sweep(
             chunk.logits_Cv,
-            self._column_N[chunk.rows],
+            self._column_N[chunk.tokens],
             self._transform,
             unpack(self._names, packed_kC),
             candidates_CK=self._candidates(chunk),
@@ -261,7 +261,7 @@ class Passes:
         softmax = Softmax(unpack(self._names, self._empty_sums(chunk)), None)
         self._sweeps.both_sweeps(
             chunk.logits_Cv,
-            self._column_N[chunk.rows],
+            self._column_N[chunk.tokens],
             self._transform,
             softmax.sums,
             self.coefficients(partials, softmax, None),
@@ -270,7 +270,9 @@ class Passes:
         return softmax
 
     def _candidates(self, chunk: Chunk) -> torch.Tensor | None:
-        return None if self._candidates_NK is None else self._candidates_NK[chunk.rows]
+        return (
+            None if self._candidates_NK is None else self._candidates_NK[chunk.tokens]
+        )
 
     def _empty_sums(self, chunk: Chunk) -> torch.Tensor:
         """[k, C] memory for the sums, one after the other."""
@@ -318,7 +320,7 @@ class Passes:
         """Sweep 2, products 2 and 3. Overwrites the chunk's logits."""
         self._sweeps.gradient_sweep(
             chunk.logits_Cv,
-            self._column_N[chunk.rows],
+            self._column_N[chunk.tokens],
             self._transform,
             coefficients,
             candidates_CK=self._candidates(chunk),
@@ -329,17 +331,17 @@ class Passes:
 
     def _products(self, chunk: Chunk) -> None:
         """Products 2 and 3, of what the logits have become."""
-        rows, d_logits_Cv = chunk.rows, chunk.logits_Cv
+        tokens, d_logits_Cv = chunk.tokens, chunk.logits_Cv
         if self._d_hidden_TD is not None:
             kept_N = self.call.kept_N
             d_hidden_CD = (
-                self._d_hidden_TD[rows]
+                self._d_hidden_TD[tokens]
                 if kept_N is None
                 else torch.empty_like(chunk.hidden_CD)
             )
             hidden_gradient(d_logits_Cv, self._weight_vD, d_hidden_CD)
             if kept_N is not None:
-                self._d_hidden_TD.index_copy_(0, kept_N[rows], d_hidden_CD)
+                self._d_hidden_TD.index_copy_(0, kept_N[tokens], d_hidden_CD)
         if self._d_weight is not None:
             self._d_weight.add(d_logits_Cv, chunk.hidden_CD)
 

@@ -1,4 +1,4 @@
-"""Terms on tokens that a policy sampled: reinforcement learning."""
+"""Terms on tokens that a policy sampled: reinforcement learning. `C` tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The matrix products of a chunk: where their results go, and in which pieces."""
+"""The matrix products of a chunk: where their results go, and in which pieces.
+
+`C` tokens of the chunk, `D` width, `v` this rank's columns of the vocabulary.
+"""
 
 from __future__ import annotations
 

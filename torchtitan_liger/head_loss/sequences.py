@@ -17,16 +17,16 @@ class Sequences(NamedTuple):
     valid_C: torch.Tensor  # whether the token has a label
     tokens_each: int | None = None  # where all have as many, one after the other
 
-    def rows(self, rows: slice) -> Sequences:
-        """Those of a chunk that begins and ends with a sequence, or of all rows."""
-        ids_C = self.ids_C[rows]
+    def part(self, tokens: slice) -> Sequences:
+        """Those of a chunk that begins and ends with a sequence, or of all tokens."""
+        ids_C = self.ids_C[tokens]
         if len(ids_C) == len(self.ids_C):
             return self
         assert self.tokens_each is not None
         return self._replace(
-            ids_C=ids_C - rows.start // self.tokens_each,
+            ids_C=ids_C - tokens.start // self.tokens_each,
             num=len(ids_C) // self.tokens_each,
-            valid_C=self.valid_C[rows],
+            valid_C=self.valid_C[tokens],
         )
 
     def sum(self, x_C: torch.Tensor) -> torch.Tensor:

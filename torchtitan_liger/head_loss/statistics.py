@@ -243,7 +243,7 @@ class Coefficients(NamedTuple):
     mixture: torch.Tensor | None = None
     candidates: torch.Tensor | None = None  # [C, K]
 
-    def rows(self, rows: slice) -> Coefficients:
+    def part(self, rows: slice) -> Coefficients:
         parts: list[Any] = [None if x is None else x[rows] for x in self]
         return Coefficients(*parts)
 

@@ -176,7 +176,7 @@ def both_sweeps(
     for rows in _blocks(logits_Cv):
         part = logits_Cv[rows], column_C[rows], transform
         statistics_sweep(*part, {name: x[rows] for name, x in sums.items()})
-        gradient_sweep(*part, coefficients.rows(rows))
+        gradient_sweep(*part, coefficients.part(rows))
 
 
 def _general_gradient(

@@ -1,4 +1,8 @@
-"""The passes of `sweeps.py` as Triton kernels, for GPUs."""
+"""The passes of `sweeps.py` as Triton kernels, for GPUs.
+
+`C` tokens of a chunk, `K` candidates of each, `P` parts of a row that programs share, `v`
+this rank's columns of the vocabulary.
+"""
 
 from __future__ import annotations
 

@@ -31,9 +31,9 @@ from torchtitan_liger.head_loss import (
     Teacher,
     Unlikelihood,
     ZLoss,
+    custom_op,
     engine,
     linear_cross_entropy,
-    opaque,
 )
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -295,14 +295,14 @@ def test_the_operation_keeps_the_rules_of_operations(chunks):
     b = batch()
     head = HeadLoss([CrossEntropy(), PolicyGradient(), ZLoss(0.1)])
     calls = []
-    real = opaque._head_loss
+    real = custom_op._head_loss
 
     def record(*args):
         calls.append(args)
         return real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opaque, "_head_loss", record)
+        patch.setattr(custom_op, "_head_loss", record)
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         for num_labeled in (None, int((b.labels != -100).sum())):
             head(

@@ -1,5 +1,7 @@
 """The engine as one operation for `torch.compile`, which looks neither into its loop nor
 into its kernels, and so has no reason to break the graph.
+
+`T` tokens, `N` of them that count, `D` width, `v` columns of the vocabulary.
 """
 
 from __future__ import annotations
@@ -178,7 +180,7 @@ def _head_loss(
         result.loss,
         result.by_term,
         result.metrics,
-        result.by_row_N,
+        result.by_token_N,
         none if result.d_hidden_TD is None else result.d_hidden_TD,
         none.clone() if result.d_weight_vD is None else result.d_weight_vD,
     )
@@ -233,11 +235,11 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, _, _, by_row_N, d_hidden_TD, d_weight_vD = output
+    _, _, _, by_token_N, d_hidden_TD, d_weight_vD = output
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
     ctx.token_weights_dtype = None if inputs[2] is None else inputs[2].dtype
     ctx.num_rows = len(inputs[6])
-    ctx.save_for_backward(by_row_N, d_hidden_TD, d_weight_vD)
+    ctx.save_for_backward(by_token_N, d_hidden_TD, d_weight_vD)
 
 
 def _backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
@@ -248,14 +250,14 @@ def _backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[Any,
 @without_second_derivative
 def _gradients(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Of the hidden states, the weight and the token weights."""
-    by_row_N, d_hidden_TD, d_weight_vD = ctx.saved_tensors
+    by_token_N, d_hidden_TD, d_weight_vD = ctx.saved_tensors
     need_d_hidden, need_d_weight, need_d_token_weights, *_ = ctx.needs_input_grad
     factor = grad_loss.reshape(1)
     d_hidden = (d_hidden_TD * factor).to(ctx.dtypes[0]) if need_d_hidden else None
     d_weight = (d_weight_vD * factor).to(ctx.dtypes[1]) if need_d_weight else None
     d_token_weights = None
     if need_d_token_weights:
-        d_token_weights = (by_row_N * grad_loss).to(ctx.token_weights_dtype)
+        d_token_weights = (by_token_N * grad_loss).to(ctx.token_weights_dtype)
     return d_hidden, d_weight, d_token_weights
 
 

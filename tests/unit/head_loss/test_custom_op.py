@@ -19,7 +19,7 @@ from torchtitan_liger.head_loss import (
     ReferenceKL,
     Term,
     ZLoss,
-    opaque,
+    custom_op,
 )
 
 T, D, V = 12, 8, 31
@@ -76,15 +76,15 @@ def test_graphs_expect_the_strides_and_dtypes_that_come(dtype, chunk):
     args = (hidden, weight, None, torch.randint(V, (T,)), scale, None, [], "", dtype)
     args = (*args, chunk, False, head._recipe.name, True, True)
     torch.library.opcheck(
-        opaque._head_loss, args, test_utils=("test_schema", "test_faketensor")
+        custom_op._head_loss, args, test_utils=("test_schema", "test_faketensor")
     )
 
 
 def test_a_pickled_head_finds_its_terms_in_another_process(monkeypatch):
     data = pickle.dumps(HeadLoss([ZLoss(0.5)]))
-    monkeypatch.setattr(opaque, "_recipes", WeakValueDictionary())
+    monkeypatch.setattr(custom_op, "_recipes", WeakValueDictionary())
     head = pickle.loads(data)
-    assert opaque._recipes[head._recipe.name].terms == (ZLoss(0.5),)
+    assert custom_op._recipes[head._recipe.name].terms == (ZLoss(0.5),)
 
 
 @dataclass
@@ -160,4 +160,4 @@ def test_a_graph_whose_head_is_gone_says_so():
     args = problem.hidden, problem.weight, None, problem.labels, torch.ones(()).double()
     args = (*args, None, [], "", torch.float64, T, True, "no such head", False, False)
     with pytest.raises(RuntimeError, match="computes no such head, but the HeadLoss"):
-        opaque._head_loss(*args)
+        custom_op._head_loss(*args)

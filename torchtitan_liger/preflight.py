@@ -250,7 +250,9 @@ def _check_output(decode: Callable[[], torch.Tensor], head: LMHead) -> None:
     """
     of_head: list[torch.Tensor] = []
     handle = head.register_forward_hook(
-        lambda _head, _args, logits: of_head.append(_local(logits).float().clone())
+        lambda _head, _args, logits: of_head.append(
+            _local(logits).to(torch.float32, copy=True)
+        )
     )
     try:
         logits = _local(decode()).float()  # which a model may well do

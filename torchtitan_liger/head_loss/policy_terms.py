@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -98,15 +99,13 @@ class PolicyGradient(Term):
         advantages = rows["advantages"]
         if not self._has_ratio:
             return -(advantages * stats.logp)
-        ratio = torch.exp(stats.logp - rows["old_logp"])
+        log_ratio = stats.logp - rows["old_logp"]
+        if self.kind == "ppo":
+            bounds = self.clip_low, self.clip_high, self.dual_clip
+            return _clipped_loss(log_ratio, advantages, *bounds)
+        ratio = log_ratio.detach().exp()
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        if self.kind == "cispo":
-            return -clipped.detach() * advantages * stats.logp
-        loss = torch.maximum(-ratio * advantages, -clipped * advantages)
-        if self.dual_clip is not None:
-            bounded = torch.minimum(loss, -self.dual_clip * advantages)
-            loss = torch.where(advantages < 0, bounded, loss)
-        return loss
+        return -clipped * advantages * stats.logp
 
     def metrics(self, stats: Statistics, rows: Rows) -> Sequence[torch.Tensor]:
         if not self._has_ratio:
@@ -167,10 +166,10 @@ class SequencePolicyGradient(SequenceTerm):
     def sequence_loss(
         self, stats: Statistics, rows: Rows, sequences: Sequences
     ) -> torch.Tensor:
-        ratio = self._log_ratio(stats, rows, sequences).exp()
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        advantages = rows["advantages"]
-        return torch.maximum(-ratio * advantages, -clipped * advantages)
+        log_ratio = self._log_ratio(stats, rows, sequences)
+        return _clipped_loss(
+            log_ratio, rows["advantages"], self.clip_low, self.clip_high
+        )
 
     def sequence_metrics(
         self, stats: Statistics, rows: Rows, sequences: Sequences
@@ -287,6 +286,28 @@ class Preference(SequenceTerm):
         else:
             chosen, rejected, pair_C = score[:num], score[num:], sequences.ids_C % num
         return chosen, rejected, Sequences(pair_C, num, sequences.valid_C)
+
+
+def _clipped_loss(
+    log_ratio_C: torch.Tensor,
+    advantages_C: torch.Tensor,
+    low: float,
+    high: float,
+    dual_clip: float | None = None,
+) -> torch.Tensor:
+    """-min(r A, clip(r, 1 - low, 1 + high) A), and at most -dual_clip A where A < 0."""
+    # Where a bound makes the loss a constant, a larger ratio is none of its business: of an
+    # infinite one, as of a token that the sampler gave no probability, the gradient would
+    # be 0 * inf.
+    is_bad_C = advantages_C < 0
+    constant_C = torch.where(is_bad_C, dual_clip or math.inf, 1 + high)
+    ratio_C = torch.exp(torch.minimum(log_ratio_C, constant_C.log() + 1))
+    clipped_C = ratio_C.clamp(1 - low, 1 + high)
+    loss_C = torch.maximum(-ratio_C * advantages_C, -clipped_C * advantages_C)
+    if dual_clip is None:
+        return loss_C
+    bounded_C = torch.minimum(loss_C, -dual_clip * advantages_C)
+    return torch.where(is_bad_C, bounded_C, loss_C)
 
 
 def _of_samples(stats: Statistics, rows: Rows) -> list[torch.Tensor]:

@@ -22,6 +22,8 @@ from torchtitan_liger.head_loss import (
     Focal,
     HeadLoss,
     HeadLossOptions,
+    PolicyGradient,
+    SequencePolicyGradient,
     Teacher,
     engine,
 )
@@ -171,6 +173,39 @@ def test_focal_has_no_nan_where_the_label_is_certain():
             (grad,) = torch.autograd.grad(out.loss, hidden)
             assert grad.isfinite().all()
             assert out.loss.isfinite()
+
+
+@pytest.mark.parametrize("old_logp", [-1e4, -torch.inf])
+@pytest.mark.parametrize(
+    ("term", "advantage", "loss"),
+    [
+        (PolicyGradient("ppo", 0.2, 0.28), 2.0, -2 * 1.28),
+        (PolicyGradient("ppo"), 0.0, 0.0),
+        (PolicyGradient("ppo", dual_clip=3.0), -2.0, 2 * 3.0),
+        (PolicyGradient("cispo", clip_high=0.0), 2.0, None),
+        (SequencePolicyGradient(0.1, 0.1), 2.0, -2 * 1.1),
+    ],
+)
+def test_a_token_of_which_the_sampler_was_sure_that_it_would_not_come(
+    term, advantage, loss, old_logp
+):
+    """Beyond its bound the ratio is a constant, though it be infinite."""
+    problem = Problem(T=3, D=8, V=11, ignored=0).rounded(torch.float32)
+    rows = {
+        "advantages": torch.full((3,), advantage),
+        "old_logp": torch.full((3,), old_logp),
+    }
+    run = problem.run(lambda *args: HeadLoss([term])(*args, **rows).loss, torch.float32)
+    if loss is None:
+        head = HeadLoss([PolicyGradient("reinforce")])
+        rows = {"advantages": rows["advantages"]}
+        other = problem.run(lambda *args: head(*args, **rows).loss, torch.float32)
+        assert torch.equal(run.loss, other.loss)
+        assert torch.equal(run.d_hidden, other.d_hidden)
+        return
+    assert run.loss.item() == pytest.approx(3 * loss)
+    assert not run.d_hidden.any()
+    assert not run.d_weight.any()
 
 
 def test_constant_shifts_of_the_logits_change_only_the_z_loss():

@@ -92,8 +92,8 @@ class HeadLossPlan:
         """Whether a batch has what the terms read.
 
         Raises:
-            ValueError: for a tensor that a term reads and the batch lacks, or one that no
-                term reads or the implementation does not take.
+            ValueError: for a tensor that a term reads and the batch lacks; for those of
+                terms where no term reads from the batch, or the implementation takes none.
         """
         for name, reader in self.row_inputs.items():
             if name not in batch:
@@ -102,11 +102,12 @@ class HeadLossPlan:
                     f"{', '.join(sorted(batch))}. Your dataloader puts it beside input; "
                     f"or leave {reader} out"
                 )
-        read = {*self.row_inputs, TOKEN_WEIGHTS}
-        if unread := sorted(FOR_TERMS & batch.keys() - read):
+        unread = sorted(FOR_TERMS & batch.keys() - {TOKEN_WEIGHTS})
+        if unread and not self.row_inputs:
             raise ValueError(
-                f"the batch has {', '.join(unread)}, which no term reads: give the table of "
-                "[head_loss] that does a weight (0: it is reported alone), or leave it out"
+                f"the batch has {', '.join(unread)}, but no term of [head_loss] reads from "
+                "the batch: give the table of the one that should a weight (0: it is "
+                "reported alone), or leave them out of the batch"
             )
         if TOKEN_WEIGHTS in batch and self.impl == "liger":
             raise ValueError(

@@ -6,6 +6,7 @@ columns of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
@@ -103,6 +104,33 @@ class LMHead(nn.Linear):
             columns = slice(start, start + weight.shape[0])
             call["teacher"] = Teacher(logits=teacher_logits[..., columns])
         return head_loss(hidden, weight, labels, shard=shard, **call)
+
+
+def changes_logits(decode: Callable[[], torch.Tensor], head: LMHead) -> bool:
+    """Whether `decode`, which calls `head` without labels, gives back something else than the
+    logits: what it does to them, it would do to hidden states.
+    """
+    given: list[torch.Tensor] = []
+
+    def replace_logits(_head: nn.Module, _args: Any, logits: torch.Tensor) -> Any:
+        # Far from zero, where no softcap or bound leaves them alone.
+        probe = (logits + 1) * 1000
+        given.append(local_tensor(probe).to(torch.float32, copy=True))
+        return probe
+
+    handle = head.register_forward_hook(replace_logits)
+    try:
+        got = local_tensor(decode()).float()  # which a model may well do
+    finally:
+        handle.remove()
+    return [x.shape for x in given] != [got.shape] or not torch.allclose(
+        got, given[0], rtol=0, atol=0, equal_nan=True
+    )
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; other tensors as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _local_inputs(

@@ -86,11 +86,15 @@ def _plain_head(model: nn.Module, job_config: JobConfig) -> LMHead:
             return head
     else:
         found = str(head)
+    converters, keep = job_config.model.converters, ""
+    if converters:
+        keep = (
+            f"keep model.converters = {converters} away from it (torchtitan's have "
+            "filter_fqns = ['output']), or "
+        )
     raise ValueError(
         f"the LM head is {found}, and only a plain torch.nn.Linear without bias can compute "
-        "its loss without logits: keep model.converters = "
-        f"{job_config.model.converters} away from it (torchtitan's have filter_fqns = "
-        f"['output']), or turn the fused loss off ({FLAG_OFF})"
+        f"its loss without logits: {keep}turn the fused loss off ({FLAG_OFF})"
     )
 
 

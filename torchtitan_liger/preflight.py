@@ -38,7 +38,7 @@ from torchtitan_liger.head_loss import CrossEntropy, HeadLoss, SequenceTerm
 from torchtitan_liger.head_loss.calls import products_dtype
 from torchtitan_liger.head_loss_plan import inputs_of
 from torchtitan_liger.liger_api import LigerHeadLoss
-from torchtitan_liger.lm_head import LMHead
+from torchtitan_liger.lm_head import LMHead, changes_logits, local_tensor
 
 MARGIN = 2.0
 # Sums in another order, in float32, where full logits happen to have no error at all.
@@ -128,13 +128,14 @@ def check_head(
     tokens_1L, labels_1L = _draw_batch(
         head.out_features, parallel_dims, seq_len, device
     )
-    inputs, labels, extra_inputs, extra_kwargs = prepare_batch(
-        {"input": tokens_1L}, labels_1L
-    )
-    decode = partial(model, inputs, **extra_inputs, **extra_kwargs)
-    # By itself: FSDP leaves the head's weight gathered, and the next pass has to gather it.
-    with _no_trace(model, device), torch.no_grad(), train_context(), amp:
-        _check_output(decode, head)
+    with _no_trace(model, device):
+        inputs, labels, extra_inputs, extra_kwargs = prepare_batch(
+            {"input": tokens_1L}, labels_1L
+        )
+        decode = partial(model, inputs, **extra_inputs, **extra_kwargs)
+        with torch.no_grad(), train_context(), amp:
+            _check_output(decode, head, device)
+    # Anew: FSDP has left the head's weight gathered, and the next pass has to gather it.
     with _no_trace(model, device):
         fused, sample = _fused_step(
             model,
@@ -212,7 +213,7 @@ def _fused_step(
     total = sum(int(n) for n in num_labels)
     with train_context():
         with amp:
-            hidden = decode(return_hidden_states=True)
+            decoded = hidden = decode(return_hidden_states=True)
             tied = head.weight is model.get_submodule("tok_embeddings").weight
             if tied or not hidden.requires_grad:  # as of a frozen decoder
                 # Only the head's share of the gradient is to be compared.
@@ -222,6 +223,9 @@ def _fused_step(
             # FSDP may have sharded the head's weight again, in another dtype.
             dtype = products_dtype(hidden, hidden)
         loss.backward()
+        if tied and decoded.requires_grad:
+            # FSDP's step ends with the backward pass of the model that began it.
+            torch.autograd.grad(decoded.sum(), decoded)
     assert hidden.grad is not None
     d_weight = head.weight.grad
     if d_weight is None:  # which is frozen
@@ -237,36 +241,26 @@ def _fused_step(
     fused = Gradients(
         loss=torch.stack(_gather(loss.detach()[None], dims)).sum(),
         d_hidden=_full(hidden.grad)[valid],
-        d_weight=_local(d_weight).to(device, copy=True),
+        d_weight=local_tensor(d_weight).to(device, copy=True),
     )
     return fused, sample
 
 
-def _check_output(decode: Callable[[], torch.Tensor], head: LMHead) -> None:
+def _check_output(
+    decode: Callable[[], torch.Tensor], head: LMHead, device: torch.device
+) -> None:
     """
     Raises:
-        PreflightError: where the model gives something else than its head does. What it
-            does to logits, it would do to hidden states.
+        PreflightError: on all ranks, where on one of them the model changes its logits.
     """
-    of_head: list[torch.Tensor] = []
-    handle = head.register_forward_hook(
-        lambda _head, _args, logits: of_head.append(
-            _local(logits).to(torch.float32, copy=True)
-        )
-    )
-    try:
-        logits = _local(decode()).float()  # which a model may well do
-    finally:
-        handle.remove()
-    is_the_heads = [x.shape for x in of_head] == [logits.shape] and torch.allclose(
-        logits, of_head[0], rtol=0, atol=0, equal_nan=True
-    )
-    if not is_the_heads:
+    anywhere = torch.tensor(float(changes_logits(decode, head)), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+    if anywhere:
         raise PreflightError(
             "the model changes the logits that its LM head gives (in its own forward, or "
             "in a hook), which the fused loss would not see: leave that to logit_softcap "
-            "and temperature in [head_loss], or turn the fused loss off "
-            f"({FLAG_OFF})"
+            f"and temperature in [head_loss], or turn the fused loss off ({FLAG_OFF})"
         )
 
 
@@ -328,10 +322,6 @@ def _columns(weight: torch.Tensor) -> slice:
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _gather(tensor: torch.Tensor, dims: ParallelDims) -> list[torch.Tensor]:

@@ -83,14 +83,17 @@ class LigerTrainer(Trainer):
             )
         if self.job_config.comm.mode != "default" or not dist.is_initialized():
             return
-        said = [""] * dist.get_world_size()
-        dist.all_gather_object(said, self.head_loss_plan.announcement())
-        if others := [i for i, line in enumerate(said) if line != said[0]]:
-            raise ValueError(
-                f"rank 0 says: {said[0]}; rank {others[0]}: {said[others[0]]}. All ranks "
-                "need one implementation: mend the environment, or choose "
-                "--liger_kernel.impl chunked"
-            )
+        plan = self.head_loss_plan
+        plans = [(plan.impl, plan.announcement())] * dist.get_world_size()
+        dist.all_gather_object(plans, plans[0])
+        (impl, here), *_ = plans
+        for rank, (other, there) in enumerate(plans):
+            if other != impl:
+                raise ValueError(
+                    f"rank 0 says: {here}; rank {rank}: {there}. All ranks need one "
+                    "implementation: mend the environment, or choose "
+                    "--liger_kernel.impl chunked"
+                )
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         """As torchtitan's; refuses labels that are no token ids, while they are on the host.

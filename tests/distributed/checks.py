@@ -318,6 +318,8 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     weights_changed_by_a_data_pipeline,
     preflight_checks.preflight_passes,
     preflight_checks.preflight_of_frozen_parts,
+    preflight_checks.preflight_compiles_nothing,
+    preflight_checks.preflight_of_changed_logits,
     preflight_checks.preflight_catches,
     preflight_checks.ranks_of_two_minds,
 )

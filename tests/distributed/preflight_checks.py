@@ -12,6 +12,7 @@ from tests.distributed.layouts import FSDP, LAYOUTS, TP, Case
 
 import torch  # isort: skip
 import torch.distributed as dist  # isort: skip
+from torch.distributed.fsdp import FSDPModule  # isort: skip
 from torch.distributed.tensor import DTensor, Replicate  # isort: skip
 from torchtitan.protocols.model_converter import (  # isort: skip
     register_model_converter,
@@ -24,6 +25,10 @@ from torchtitan_liger.head_loss import (  # isort: skip
 )
 
 
+def count(norm: Any, _args: Any) -> None:
+    norm.calls.add_(1)
+
+
 def preflight_passes() -> dict[str, Any]:
     """The line of each layout, and whether it left a trace."""
     lines = {}
@@ -33,6 +38,9 @@ def preflight_passes() -> dict[str, Any]:
         buffers = {n: b.clone() for n, b in model.named_buffers()}
         parameters = dict(model.named_parameters())
         state = torch.get_rng_state()
+        model.norm.register_buffer("calls", torch.zeros((), device=trainer.device))
+        model.norm.register_forward_pre_hook(count)
+        buffers["norm.calls"] = torch.zeros((), device=trainer.device)
         lines[name] = str(run_preflight(trainer))
         assert torch.equal(torch.get_rng_state(), state)
         # The optimizer's own: none that FSDP has gathered.
@@ -41,8 +49,46 @@ def preflight_passes() -> dict[str, Any]:
         assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
         assert trainer.lm_head.num_fused_calls == 0
         assert model.training
+        if isinstance(
+            model, FSDPModule
+        ):  # else the next pass waits for no other stream
+            fsdp = model._get_fsdp_state()
+            assert fsdp._state_ctx.iter_forward_root is None
+            assert not fsdp._comm_ctx.post_forward_order
         trainer.close()
     return lines
+
+
+def preflight_compiles_nothing() -> int:
+    """How many graphs there are after the preflight of a compiled model."""
+    case = Case("compiled", 2, f"{FSDP}=2 compile.enable")
+    trainer = matrix.build_trainer(case, fused=True)
+    torch._dynamo.utils.counters.clear()
+    run_preflight(trainer)
+    trainer.close()
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def preflight_of_changed_logits() -> dict[str, str]:
+    """What each layout says of a model that rules out the last words of its vocabulary."""
+    said = {}
+
+    def rule_out(_model: Any, _args: Any, logits: Any) -> Any:
+        if logits.shape[-1] == matrix.VOCABULARY:
+            part = logits.to_local() if isinstance(logits, DTensor) else logits
+            if dist.get_rank() == dist.get_world_size() - 1:
+                part[..., -3:] = -1e4
+        return logits
+
+    for name in ("FSDP2", "TP"):
+        trainer = matrix.build_trainer(LAYOUTS[name], fused=True)
+        trainer.model_parts[0].register_forward_hook(rule_out)
+        try:
+            said[name] = str(run_preflight(trainer))
+        except preflight.PreflightError as error:
+            said[name] = str(error)
+        trainer.close()
+    return said
 
 
 class FrozenHead:

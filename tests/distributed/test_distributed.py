@@ -195,6 +195,18 @@ def test_preflight_passes_and_leaves_no_trace(layout, launch):
 
 
 @pytest.mark.slow
+def test_preflight_leaves_compiled_code_alone(launch):
+    assert launch("tests.distributed.checks", 2)[0]["preflight_compiles_nothing"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["FSDP2", "TP"])
+def test_preflight_finds_logits_that_one_rank_changes(layout, launch):
+    said = launch("tests.distributed.checks", 2)[0]["preflight_of_changed_logits"]
+    assert said[layout].startswith("the model changes the logits"), said
+
+
+@pytest.mark.slow
 def test_ranks_with_other_implementations_are_named(launch):
     said = launch("tests.distributed.checks", 2)[0]["ranks_of_two_minds"]
     assert "rank 0 says: Using the chunked" in said

@@ -167,7 +167,7 @@ def test_a_converter_of_other_layers_is_none_of_our_business():
 def test_the_readme_has_the_table_and_each_row_a_test_above():
     assert support_table() in (ROOT / "README.md").read_text()
     # A new row needs a new test: for the third one see test_parallelize, for the fourth
-    # test_trainer and test_preflight.
+    # test_trainer and test_lm_head.
     assert len(RULES) == 14
 
 

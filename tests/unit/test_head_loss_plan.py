@@ -51,9 +51,12 @@ def test_a_missing_tensor_is_named_with_its_reader_and_what_is_there():
         PPO.check_batch({"advantages": ROWS, "ref_logp": ROWS, "input": TOKENS})
 
 
-def test_what_no_term_reads_is_named():
-    with pytest.raises(ValueError, match="has old_logp, ref_logp, which no term reads"):
-        PLAIN.check_batch({"input": TOKENS, "ref_logp": ROWS, "old_logp": ROWS})
+def test_a_forgotten_term_is_noticed():
+    batch = dict.fromkeys(("old_logp", "advantages", "ref_logp"), ROWS)
+    with pytest.raises(ValueError, match="has advantages, old_logp, ref_logp, but no"):
+        PLAIN.check_batch({"input": TOKENS, **batch})
+    PLAIN.check_batch({"input": TOKENS, "token_weights": ROWS, "mine": ROWS})
+    PPO.check_batch({"input": TOKENS, **batch})  # which may do without a reference
 
 
 def test_liger_knows_no_token_weights():

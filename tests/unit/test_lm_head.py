@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.helpers import Problem
 from torchtitan_liger.head_loss import HeadLoss, linear_cross_entropy
-from torchtitan_liger.lm_head import LMHead
+from torchtitan_liger.lm_head import LMHead, changes_logits
 
 
 def test_from_linear_shares_the_weight_and_draws_no_random_numbers():
@@ -55,3 +55,23 @@ def test_labels_without_a_loss_say_what_to_set():
 def test_a_head_that_is_no_plain_linear_layer_is_refused(layer):
     with pytest.raises(ValueError, match="only a plain torch.nn.Linear without bias"):
         LMHead.from_linear(layer)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_logits_that_change_after_the_head_are_found(dtype, scale):
+    head = LMHead.from_linear(nn.Linear(4, 7, bias=False, dtype=dtype))
+    head.requires_grad_(False).weight.mul_(scale)
+    hidden = torch.randn(1, 3, 4, dtype=dtype)
+    assert not changes_logits(lambda: head(hidden), head)
+    assert not changes_logits(lambda: head(hidden).float(), head)
+    assert not changes_logits(lambda: head(hidden * torch.nan), head)
+    for change in (
+        lambda logits: 30 * torch.tanh(logits / 30),
+        lambda logits: logits.mul_(2),
+        lambda logits: logits.clamp(-50, 50),
+        lambda logits: logits[..., :1],
+    ):
+        assert changes_logits(lambda change=change: change(head(hidden)), head)
+    assert changes_logits(lambda: hidden @ head.weight.t(), head)
+    assert not head._forward_hooks

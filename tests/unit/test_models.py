@@ -117,22 +117,25 @@ def test_tied_weights_stay_tied():
     assert model.output.weight is model.tok_embeddings.weight
 
 
-def test_another_head_stays_as_it_is():
+class OwnLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("head", [nn.Linear(4, 8), OwnLinear(4, 8, bias=False)])
+def test_another_head_stays_as_it_is(head):
     class Decoder(nn.Module):
         def __init__(self, args: object) -> None:
             super().__init__()
-            self.output = nn.Linear(4, 8)
+            self.output = head
 
         def forward(self, hidden: torch.Tensor) -> torch.Tensor:
             return self.output(hidden)
 
     model = with_hidden_states(Decoder)(None)
     hidden = torch.randn(2, 4)
-    assert type(model.output) is nn.Linear
+    assert model.output is head
     assert torch.equal(model(hidden, return_hidden_states=True), hidden)
-    assert torch.equal(
-        model(hidden), hidden @ model.output.weight.t() + model.output.bias
-    )
+    assert torch.equal(model(hidden), head(hidden))
 
 
 def test_decoders_keep_their_names():

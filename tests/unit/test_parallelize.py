@@ -39,6 +39,10 @@ def unlike_the_model(head):
     return nn.Linear(head.in_features, head.out_features)
 
 
+def add_forward_hook(head):
+    head.register_forward_hook(lambda _head, _args, logits: logits / 2)
+
+
 def add_backward_hook(head):
     head.register_full_backward_hook(lambda _head, d_inputs, _d_logits: d_inputs)
 
@@ -54,6 +58,7 @@ def add_backward_pre_hook(head):
         (add_bias, "one with a bias"),
         (replace_forward, "one with another forward"),
         (add_hook, "one with hooks"),
+        (add_forward_hook, "one with hooks"),
         (add_backward_hook, "one with hooks"),
         (add_backward_pre_hook, "one with hooks"),
         (weight_norm, r"ParametrizedLMHead\("),

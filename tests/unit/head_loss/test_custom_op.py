@@ -127,8 +127,14 @@ class Slotted(Term):
         return -self.factor * stats.logp
 
 
-def test_terms_with_slots_are_told_apart():
-    first, second = HeadLoss([Slotted(1.0)]), HeadLoss([Slotted(3.0)])
+@dataclass(frozen=True, repr=False)
+class Inherited(Slotted):
+    pass
+
+
+@pytest.mark.parametrize("term", [Slotted, Inherited])
+def test_terms_with_slots_are_told_apart(term):
+    first, second = HeadLoss([term(1.0)]), HeadLoss([term(3.0)])
     problem = Problem(T=T, D=D, V=V)
     args = problem.hidden, problem.weight, problem.labels
     compiled = torch.compile(

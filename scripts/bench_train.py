@@ -328,7 +328,7 @@ def verdict(code: int | None, log: str, limit: float) -> str:
         return f"no end within {limit:.0f} s"
     facts = parse_log(log).log
     error = facts.error if facts else ""
-    return (error or f"exit code {code}").replace("|", "/")[:120]
+    return (error or f"exit code {code}").replace("|", "/")[:300]
 
 
 def read_log(log: str, warmup: int) -> Row:

@@ -42,6 +42,7 @@ from torchtitan_liger.loss_curves_judge import (
     Rule,
     judge,
     missing_proof,
+    notes,
     unlike_start,
 )
 from torchtitan_liger.loss_curves_report import (
@@ -94,10 +95,14 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     write(report, args)
     verdict = report.verdict
     print(f"\n{report.title}\n\n{table_text(report.runs)}\n\nVerdict: {verdict}")
     print(*(f"  {reason}" for reason in verdict.reasons), sep="\n")
+    for note in notes(report.runs):
+        print(f"  Note: {note}")
     print(f"\n{args.output / 'report.md'}")
     return verdict.exit_code
 

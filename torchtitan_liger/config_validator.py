@@ -106,7 +106,7 @@ def _reference_other_terms(job: JobConfig, _: LigerStatus) -> str | None:
         return None
     return (
         'liger_kernel.impl = "reference" has cross entropy (weight 1) and z-loss alone, '
-        f"but {_listed(job)}: use --liger_kernel.impl chunked"
+        f"but {listed(job)}: use --liger_kernel.impl chunked"
     )
 
 
@@ -140,7 +140,8 @@ def _transforms_in_stock_validation(job: JobConfig, _: LigerStatus) -> str | Non
         return None
     return (
         "liger_kernel.validation = false leaves the validation loss to torchtitan, which "
-        f"has no softcap and no temperature, but {_listed(job)}: leave it out"
+        f"has no softcap and no temperature, but {listed(job)}: leave it out, or let the "
+        "head validate (--liger_kernel.validation)"
     )
 
 
@@ -177,7 +178,7 @@ def _liger_other_losses(job: JobConfig, _: LigerStatus) -> str | None:
         return None
     return (
         "Liger-Kernel's fused loss has cross entropy (weight 1), label smoothing, z-loss "
-        f"and softcap alone, but {_listed(job)}"
+        f"and softcap alone, but {listed(job)}"
     )
 
 
@@ -250,7 +251,7 @@ RULES = (
         ValueError,
     ),
     Rule(
-        "`liger_kernel.validation = false` with a softcap or a temperature",
+        "`liger_kernel.validation = false` with validation, and a softcap or a temperature",
         "refused: torchtitan's validation has neither",
         _transforms_in_stock_validation,
         "refuse",
@@ -306,9 +307,9 @@ def resolve(job: JobConfig, liger: LigerStatus | None = None) -> HeadLossPlan:
     """
     plan = _requested(job)
     if not plan.enabled:
-        if _listed(job):
+        if listed(job):
             raise ValueError(
-                f"{_listed(job)}, which torchtitan's own loss would ignore: turn the "
+                f"{listed(job)}, which torchtitan's own loss would ignore: turn the "
                 f"fused loss on ({FLAG_ON}), or leave this out"
             )
         unused = ", ".join(changes(settings(job), "liger_kernel"))
@@ -330,6 +331,9 @@ def resolve(job: JobConfig, liger: LigerStatus | None = None) -> HeadLossPlan:
         expected = config.impl == "auto" and liger.importable
         warning = "" if expected else f"{reason}. Training with impl = chunked instead"
         return replace(plan, impl="chunked", reason=reason, warning=warning)
+    if plan.impl == "reference" and plan.options.logits_memory_mib:
+        key = f"liger_kernel.logits_memory_mib = {plan.options.logits_memory_mib}"
+        return replace(plan, warning=f"{key}: unused by impl = reference")
     return plan
 
 
@@ -376,7 +380,7 @@ def _head_loss(job: JobConfig) -> job_config.HeadLoss:
     return getattr(job, "head_loss", job_config.HeadLoss())
 
 
-def _listed(job: JobConfig) -> str:
+def listed(job: JobConfig) -> str:
     """What `[head_loss]` changes, in the user's own words; empty for nothing."""
     return ", ".join(changes(_head_loss(job), "head_loss"))
 

@@ -16,6 +16,7 @@ from typing import Literal
 from torchtitan_liger.loss_curves import (
     GRAD_NORM,
     LOSS,
+    TERM_PREFIX,
     Aligned,
     LogFacts,
     Run,
@@ -35,6 +36,8 @@ MAX_NOISE = {LOSS: 0.1, GRAD_NORM: 0.5}
 MOST_NOISE_OF_ON = 10.0
 """How many times further apart than two runs of "off" two runs of "on" may be."""
 FUSED_IMPLS = ("liger", "chunked")
+ON_ALONE = {TERM_PREFIX + name for name in ("cross_entropy", "accuracy")}
+"""Curves that there are with the fused loss only."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,8 @@ def judge(
         unlike = [text for pair in runs.pairs if (text := unlike_start(*pair, rule))]
     excesses = [c.first_excess for c in curves.values() if c.first_excess is not None]
     unsound = unlike + unrepeatable(runs, rule)
+    if proof:
+        unsound += not_off(runs)
     if excesses and not unsound:
         step = min(excesses)
         reasons = [
@@ -156,7 +161,7 @@ def judge(
         f"{run.name} crashed: {run.crash}" for run in runs.all if run.crash
     ]
     if proof:
-        problems += missing_proof(runs)
+        problems += [text for text in missing_proof(runs) if text not in problems]
     for run in runs.all:
         if bad := _not_finite(run):
             problems.append(f"{run.name}: {bad[min(bad)]} at step {min(bad)}")
@@ -178,13 +183,9 @@ def judge(
 
 def missing_proof(runs: Runs) -> list[str]:
     """What is missing to know that "off" was off and "on" was on."""
-    problems = []
-    for run in (runs.off, *runs.off_again):
-        calls = run.log.fused_calls if run.log else None
-        if calls:
-            problems.append(f"{run.name} was not off: {_describe_calls(run)}")
-        elif calls is None and run is runs.off:
-            problems.append(_unproven(run))
+    problems = not_off(runs)
+    if not problems and (runs.off.log is None or runs.off.log.fused_calls is None):
+        problems.append(_unproven(runs.off))
     for run in (runs.on, *runs.on_again):
         log = run.log or LogFacts()
         if log.fused_calls is None:
@@ -196,6 +197,17 @@ def missing_proof(runs: Runs) -> list[str]:
         if log.fused_calls == 0 or log.impl not in FUSED_IMPLS or not as_due:
             wanted = "" if expected is None else f", where {expected} were due"
             problems.append(f"{run.name} was not on: {_describe_calls(run)}{wanted}")
+    return problems
+
+
+def not_off(runs: Runs) -> list[str]:
+    """Runs that stand for "off", and had the fused loss on."""
+    problems = []
+    for run in (runs.off, *runs.off_again):
+        if run.log and run.log.fused_calls:
+            problems.append(f"{run.name} was not off: {_describe_calls(run)}")
+        elif ON_ALONE & run.curves.keys():
+            problems.append(f"{run.name} was not off: it has curves {TERM_PREFIX}...")
     return problems
 
 

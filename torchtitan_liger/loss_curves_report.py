@@ -354,7 +354,8 @@ def _draw_curves(panel: Any, runs: Runs, tag: str, name: str) -> None:
             label = f"{label}: {run.name}"
         panel.plot(*zip(*curve, strict=True), label=label, **style) if curve else None
     panel.set_title(name)
-    panel.legend()
+    if panel.lines:
+        panel.legend()
     panel.grid(alpha=0.3)
 
 

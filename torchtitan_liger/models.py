@@ -88,8 +88,8 @@ def train_spec(name: str) -> torchtitan_specs.TrainSpec:
     """
     if name not in DECODERS:
         raise ValueError(
-            f"model.name is {name!r}; this trainer has {', '.join(DECODERS)}. "
-            "Train others with torchtitan.train"
+            f"model.name is {name!r}; this trainer has {', '.join(DECODERS)}, and what the "
+            "module that --experimental.custom_import names registers"
         )
     stock = torchtitan_specs.get_train_spec(name)
     if issubclass(stock.model_cls, ReturnHiddenStates):  # registered before

@@ -20,7 +20,7 @@ from torchtitan.train import Trainer
 
 from torchtitan_liger import data, models
 from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
-from torchtitan_liger.config_validator import model_args, resolve
+from torchtitan_liger.config_validator import listed, model_args, resolve
 from torchtitan_liger.head_loss.calls import check_label_range
 from torchtitan_liger.head_loss.chunking import MIB
 from torchtitan_liger.head_loss_plan import FOR_TERMS, NUM_LABELED, TOKEN_WEIGHTS
@@ -56,8 +56,10 @@ class LigerTrainer(Trainer):
         super().__init__(job_config)
         if self.head_loss_plan.enabled:
             logger.info(self.head_loss_plan.announcement())
-            if not self.head_loss_plan.is_plain:
-                logger.info(f"The head's loss is {self.head_loss_plan.formula}")
+            if settings := listed(job_config):
+                logger.info(
+                    f"The head's loss is {self.head_loss_plan.formula} ({settings})"
+                )
             self._check_built()
             self._log_memory_plan()
 

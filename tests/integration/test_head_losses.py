@@ -122,7 +122,7 @@ def test_the_log_says_what_is_trained_on_and_what_it_is(alone):
     log, curves = alone
     assert (
         "The head's loss is cross_entropy + 0.001 * z_loss + 0.3 * focal + "
-        "0.2 * entropy_bonus" in log
+        "0.2 * entropy_bonus (head_loss." in log
     )
     assert "Preflight passed: chunked head" in log
     lines = re.findall(r"step: +(\d+)  head_loss: (.*)", log)

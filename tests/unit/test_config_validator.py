@@ -164,6 +164,15 @@ def test_a_converter_of_other_layers_is_none_of_our_business():
     assert resolve(job("--model.converters=quantize.grouped_mm.float8"), GPU).enabled
 
 
+def test_a_budget_that_the_reference_ignores_is_said():
+    args = "--liger_kernel.impl=reference", "--liger_kernel.logits_memory_mib=64"
+    plan = resolve(job(*args), GPU)
+    assert plan.warning == (
+        "liger_kernel.logits_memory_mib = 64: unused by impl = reference"
+    )
+    assert resolve(job(args[0]), GPU).warning == ""
+
+
 def test_the_readme_has_the_table_and_each_row_a_test_above():
     assert support_table() in (ROOT / "README.md").read_text()
     # A new row needs a new test: for the third one see test_parallelize, for the fourth

@@ -216,6 +216,11 @@ def test_a_crash_is_named_by_its_cause():
     assert killed.crash == "Signal 9 (SIGKILL) received by PID 20485"
 
 
+def test_an_option_that_does_not_exist_is_the_crash():
+    log = "[rank0]:│ Unrecognized options: --trainin.seq_len, 64  │\n[rank0]:│ ───── │"
+    assert parse_log(log).crash == "Unrecognized options: --trainin.seq_len, 64"
+
+
 def test_an_error_of_a_run_that_finished_is_no_crash():
     log = "ImportError: wandb\n" + titan_log([5.0])
     assert parse_log(log).crash == ""

@@ -307,8 +307,18 @@ def test_on_that_was_not_on_is_never_the_same(on, reason):
     assert judge(runs, RULE, proof=False).answer == "same"
 
 
+def far_from(run):
+    curve = {step: 2 * loss for step, loss in run.curves[LOSS].items()}
+    return replace(run, curves={**run.curves, LOSS: curve})
+
+
 def test_off_that_was_on_is_never_the_same():
     assert "off was not off" in cannot_tell(Runs(replace(ON, name="off"), ON))
+    # Nor is it different: nobody knows what was compared.
+    assert "off was not off" in cannot_tell(Runs(replace(ON, name="off"), far_from(ON)))
+    curves = {**OFF.curves, "head_loss/accuracy": {1: 0.5}}
+    unsaid = replace(OFF, curves=curves, log=None)
+    assert "off was not off: it has curves" in cannot_tell(Runs(unsaid, ON))
     again = replace(ON, name="off_again")
     assert "off_again was not off" in cannot_tell(Runs(OFF, ON, (again,)))
 

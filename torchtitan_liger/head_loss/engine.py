@@ -88,11 +88,13 @@ class HeadLoss:
             terms: what is summed up.
 
         Raises:
-            ValueError: for terms that contradict each other or `impl`.
+            ValueError: for terms that contradict each other, options or `impl`.
         """
         if impl not in ("chunked", "reference"):
             raise ValueError(f'impl must be "chunked" or "reference", got {impl!r}')
         self.options = HeadLossOptions() if options is None else options
+        if not isinstance(self.options, HeadLossOptions):
+            raise ValueError(f"options must be HeadLossOptions, got {options!r}")
         self.impl = impl
         self.terms = as_terms(terms)
         check_terms(self.terms)

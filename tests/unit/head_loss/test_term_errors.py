@@ -113,6 +113,7 @@ def own(**attributes):
         (lambda: Focal(-1.0), "at least 0, got -1.0"),
         (lambda: Preference("kto"), "got 'kto'"),
         (lambda: PolicyGradient(dual_clip=0.5), "above 1, got 0.5"),
+        (lambda: HeadLoss(options={"temperature": 2}), "must be HeadLossOptions, got"),
         (
             lambda: PolicyGradient("cispo", dual_clip=3.0),
             '"ppo" only, got kind .cispo.',

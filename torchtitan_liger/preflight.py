@@ -9,8 +9,8 @@ this job's dtype, times `MARGIN`.
 Terms that read more from the batch than labels are left out; if nothing is left, the
 cross entropy stands in for them.
 
-`N` tokens with a label on all ranks, `n` on this one, `L` sequence, `D` width, `V` vocabulary, `v` the columns whose
-gradient this rank holds.
+`N` tokens with a label on all ranks, `n` on this one, `L` sequence, `D` width, `V`
+vocabulary, `v` the columns whose gradient this rank holds.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ MIB = 2**20
 
 # The chunk when the user gives no budget: few rows, but enough that the products do not
 # wait for memory (each chunk reads and writes the whole gradient of the weight), and no
-# more than a cap. On two CPU cores, with a vocabulary of 32,768 in float32, 256 rows take 1.2 times
-# the time of 1,024. On an H200, with one of 128,256 in bfloat16 and a width of 4,096, 1,024
-# rows take 1.14 times the time of 16,384, 4,096 rows 1.02 and 8,192 rows 1.01.
+# more than a cap. On two CPU cores, with a vocabulary of 32,768 in float32, 256 rows take
+# 1.2 times the time of 1,024. On an H200, with one of 128,256 in bfloat16 and a width of
+# 4,096, 1,024 rows take 1.14 times the time of 16,384, 4,096 rows 1.02 and 8,192 rows 1.01.
 DEFAULT_CPU = (1024, 256 * MIB)
 DEFAULT_GPU = (8192, 2048 * MIB)
 

@@ -49,8 +49,8 @@ def whole_waves(num_rows: int, width: int, num_sms: int) -> tuple[int, ...]:
     For `d_hidden`, each of whose tiles runs over the whole vocabulary: a wave that is half
     empty costs as much as a thousand tokens. The rows of a last, small piece are few enough
     for kernels that divide the vocabulary among multiprocessors instead. On an H200, with
-    a vocabulary of 128,256 in bfloat16, this takes 16,384 rows of a width of 4,096 from 658 to 698
-    TFLOP/s, and 32,768 rows of a width of 2,048 from 675 to 694.
+    a vocabulary of 128,256 in bfloat16, this takes 16,384 rows of a width of 4,096 from 658
+    to 698 TFLOP/s, and 32,768 rows of a width of 2,048 from 675 to 694.
     """
     wave = num_sms * TILE
     unit = wave // gcd(wave, width)  # the fewest rows that end with a wave

@@ -110,11 +110,19 @@ def changes_logits(decode: Callable[[], torch.Tensor], head: LMHead) -> bool:
     """Whether `decode`, which calls `head` without labels, gives back something else than the
     logits: what it does to them, it would do to hidden states.
     """
+    # Far from zero, on both sides, where no softcap or bound leaves them alone. All passes
+    # on every rank, whatever the first one shows.
+    changed = [_changes_probe(decode, head, factor) for factor in (1000, -1000)]
+    return any(changed)
+
+
+def _changes_probe(
+    decode: Callable[[], torch.Tensor], head: LMHead, factor: float
+) -> bool:
     given: list[torch.Tensor] = []
 
     def replace_logits(_head: nn.Module, _args: Any, logits: torch.Tensor) -> Any:
-        # Far from zero, where no softcap or bound leaves them alone.
-        probe = (logits + 1) * 1000
+        probe = (logits + 1) * factor
         given.append(local_tensor(probe).to(torch.float32, copy=True))
         return probe
 

@@ -70,6 +70,8 @@ def test_logits_that_change_after_the_head_are_found(dtype, scale):
         lambda logits: 30 * torch.tanh(logits / 30),
         lambda logits: logits.mul_(2),
         lambda logits: logits.clamp(-50, 50),
+        lambda logits: logits.clamp(min=-20),
+        lambda logits: logits.clamp(max=20),
         lambda logits: logits[..., :1],
     ):
         assert changes_logits(lambda change=change: change(head(hidden)), head)

@@ -323,6 +323,7 @@ def _of_ratios(
     ratio_C = log_ratio_C.exp()
     outside_C = (ratio_C < 1 - low) | (ratio_C > 1 + high)
     kl_C = torch.expm1(log_ratio_C) - log_ratio_C
+    kl_C = torch.where(log_ratio_C == math.inf, math.inf, kl_C)  # not inf - inf
     return [rows["old_logp"], ratio_C, ratio_C.square(), kl_C, outside_C]
 
 

@@ -195,6 +195,9 @@ def test_a_token_of_which_the_sampler_was_sure_that_it_would_not_come(
         "advantages": torch.full((3,), advantage),
         "old_logp": torch.full((3,), old_logp),
     }
+    args = [x.float() for x in (problem.hidden, problem.weight)]
+    metrics = HeadLoss([term])(*args, problem.labels, **rows).metrics
+    assert metrics[f"{term.name}/kl_new_old"] == torch.inf
     run = problem.run(lambda *args: HeadLoss([term])(*args, **rows).loss, torch.float32)
     if loss is None:
         head = HeadLoss([PolicyGradient("reinforce")])

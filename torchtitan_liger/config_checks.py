@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,32 @@ def _check_table(table: Any, section: type, name: str, path: str) -> None:
         kind = known[key].type
         if isinstance(kind, type) and is_dataclass(kind):
             _check_table(value, kind, f"{name}.{key}", path)
+
+
+def check_config_module(argv: Sequence[str], toml: Mapping[str, Any]) -> None:
+    """Look for our sections where the job's config module has none of them.
+
+    Raises:
+        ValueError: with the module and the section; torchtitan's parser would say that
+            there is no such option.
+    """
+    spelled = {n: re.compile(f"--{n.replace('_', '[_-]')}[.].*") for n in SECTIONS}
+    used = [n for n in SECTIONS if n in toml or any(map(spelled[n].fullmatch, argv))]
+    if not used:
+        return
+    module = value_of(toml, "job", "custom_config_module")
+    option = re.compile(r"--job\.custom[_-]config[_-]module(?:=(.*))?")
+    for argument, following in zip(argv, (*argv[1:], ""), strict=True):
+        if match := option.fullmatch(argument):
+            module = following if match[1] is None else match[1]
+    config = importlib.import_module(module).JobConfig if module else None
+    known = {field.name for field in fields(config)} if config else set()
+    for name in used:
+        if name not in known:
+            raise ValueError(
+                f"job.custom_config_module is {module!r}, whose JobConfig has no section "
+                f"{name}: derive it from torchtitan_liger.job_config.JobConfig"
+            )
 
 
 def check_weights(argv: Sequence[str], toml: Mapping[str, Any], path: str) -> None:

@@ -33,10 +33,15 @@ def main(register: Callable[[], None] | None = None) -> None:
 def _train() -> None:
     from torchtitan.train import main as torchtitan_main
 
-    from torchtitan_liger.config_checks import check_keys, check_weights
+    from torchtitan_liger.config_checks import (
+        check_config_module,
+        check_keys,
+        check_weights,
+    )
     from torchtitan_liger.trainer import LigerTrainer
 
     path, toml = read_toml(sys.argv[1:])
+    check_config_module(sys.argv[1:], toml)
     check_keys(toml, path)
     check_weights(sys.argv[1:], toml, path)
     torchtitan_main(LigerTrainer)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from torchtitan_liger.config_checks import check_keys, check_values, check_weights
+from torchtitan_liger.config_checks import (
+    check_config_module,
+    check_keys,
+    check_values,
+    check_weights,
+)
 from torchtitan_liger.job_config import HeadLoss, LigerKernel
 
 
@@ -18,6 +23,36 @@ def test_an_unknown_key_is_named_with_its_value_and_its_neighbour():
         check_keys({"liger_kernel": True}, "a.toml")
     with pytest.raises(ValueError, match="no key zzz .*logits_memory_mib"):
         check_keys({"liger_kernel": {"zzz": 1}}, "a.toml")
+
+
+FLAG = "--liger_kernel.enable_fused_linear_cross_entropy"
+
+
+@pytest.mark.parametrize(
+    ("argv", "toml", "section"),
+    [
+        ([FLAG, "--job.custom_config_module=others_config"], {}, "liger_kernel"),
+        (["--head-loss.z-loss.weight=1"], {"module": "others_config"}, "head_loss"),
+        (["--job.custom-config-module", "others_config"], {"liger": 1}, "liger_kernel"),
+        ([FLAG, "--job.custom_config_module="], {}, "liger_kernel"),
+    ],
+)
+def test_a_config_module_without_our_sections_is_named(
+    argv, toml, section, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "others_config.py").write_text(
+        "from torchtitan.config import JobConfig"
+    )
+    toml = {
+        "job": {"custom_config_module": toml.get("module", "")},
+        **({"liger_kernel": {}} if "liger" in toml else {}),
+    }
+    with pytest.raises(ValueError, match=f"JobConfig has no section {section}: derive"):
+        check_config_module(argv, toml)
+    check_config_module([a for a in argv if "custom" in a], {"job": toml["job"]})
+    ours = "--job.custom_config_module=torchtitan_liger.job_config"
+    check_config_module([*argv[:1], ours], toml)
 
 
 @pytest.mark.parametrize("value", ["true", 1])

@@ -81,8 +81,9 @@ def imports(path: Path) -> Iterator[str]:
             "import_module"
         ):
             module = node.args[0]
-            # The trainer's is the user's `experimental.custom_import`.
-            assert isinstance(module, ast.Constant) or path.stem == "trainer", path
+            # Others are the user's: `experimental.custom_import`, the config module.
+            of_user = path.stem in ("trainer", "config_checks")
+            assert isinstance(module, ast.Constant) or of_user, path
             yield getattr(module, "value", "")
 
 

@@ -65,12 +65,22 @@ def prepare_argv(argv: Sequence[str]) -> list[str]:
 
 def name_config_module(argv: Sequence[str]) -> list[str]:
     """Add ours, unless the arguments or the TOML name a `job.custom_config_module`."""
-    option = re.compile(r"--job\.custom[_-]config[_-]module(=|$)")
-    if any(option.match(argument) for argument in argv):
+    if option_of(argv, "job", "custom_config_module") is not None:
         return list(argv)
     if value_of(read_toml(argv)[1], "job", "custom_config_module"):
         return list(argv)
     return ["--job.custom_config_module=torchtitan_liger.job_config", *argv]
+
+
+def option_of(argv: Sequence[str], section: str, key: str) -> str | None:
+    """What the command line says: the first time, as torchtitan reads it before it parses
+    the rest. None where it says nothing."""
+    names = {f"--{section}.{key}", f"--{section}.{key.replace('_', '-')}"}
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in names:
+            return value if equals else following
+    return None
 
 
 def read_toml(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -78,12 +88,7 @@ def read_toml(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
     A file that cannot be read is left to torchtitan, which says so.
     """
-    path = ""
-    for i, argument in enumerate(argv):
-        key, _, value = argument.partition("=")
-        if key in ("--job.config_file", "--job.config-file"):
-            path = value or (argv[i + 1] if i + 1 < len(argv) else "")
-            break  # torchtitan reads the first as well
+    path = option_of(argv, "job", "config_file") or ""
     try:
         with open(path, "rb") as file:
             return path, tomllib.load(file)

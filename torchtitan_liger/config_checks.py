@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from torchtitan_liger.cli import value_of
+from torchtitan_liger.cli import option_of, value_of
 from torchtitan_liger.job_config import HeadLoss, LigerKernel
 
 SECTIONS: dict[str, type] = {"liger_kernel": LigerKernel, "head_loss": HeadLoss}
@@ -66,11 +66,8 @@ def check_config_module(argv: Sequence[str], toml: Mapping[str, Any]) -> None:
     used = [n for n in SECTIONS if n in toml or any(map(spelled[n].fullmatch, argv))]
     if not used:
         return
-    module = value_of(toml, "job", "custom_config_module")
-    option = re.compile(r"--job\.custom[_-]config[_-]module(?:=(.*))?")
-    for argument, following in zip(argv, (*argv[1:], ""), strict=True):
-        if match := option.fullmatch(argument):
-            module = following if match[1] is None else match[1]
+    key = "job", "custom_config_module"
+    module = option_of(argv, *key) or value_of(toml, *key)
     config = importlib.import_module(module).JobConfig if module else None
     known = {field.name for field in fields(config)} if config else set()
     for name in used:

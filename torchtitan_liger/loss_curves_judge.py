@@ -146,9 +146,7 @@ def judge(
         unlike = [text for pair in runs.pairs if (text := unlike_start(*pair, rule))]
     excesses = [c.first_excess for c in curves.values() if c.first_excess is not None]
     unsound = unlike + unrepeatable(runs, rule)
-    if proof:
-        unsound += not_off(runs)
-    if excesses and not unsound:
+    if excesses and not unsound and not (proof and not_off(runs)):
         step = min(excesses)
         reasons = [
             _describe_excess(curve, step)
@@ -161,7 +159,7 @@ def judge(
         f"{run.name} crashed: {run.crash}" for run in runs.all if run.crash
     ]
     if proof:
-        problems += [text for text in missing_proof(runs) if text not in problems]
+        problems += missing_proof(runs)
     for run in runs.all:
         if bad := _not_finite(run):
             problems.append(f"{run.name}: {bad[min(bad)]} at step {min(bad)}")

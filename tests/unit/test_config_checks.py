@@ -52,7 +52,7 @@ def test_a_config_module_without_our_sections_is_named(
         check_config_module(argv, toml)
     check_config_module([a for a in argv if "custom" in a], {"job": toml["job"]})
     ours = "--job.custom_config_module=torchtitan_liger.job_config"
-    check_config_module([*argv[:1], ours], toml)
+    check_config_module([ours, *argv], toml)  # torchtitan takes the first
 
 
 @pytest.mark.parametrize("value", ["true", 1])

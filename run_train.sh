@@ -29,14 +29,17 @@ ngpu=${NGPU:-$((gpus > 0 ? gpus : 1))}
 
 help="" config_named="" previous=""
 for arg in "$@"; do
-    case $previous in --job.config_file | --job.config-file) config=$arg ;; esac
+    named=""
+    case $previous in --job.config_file | --job.config-file) named=$arg ;; esac
     case $arg in
         -h | --help) help=yes ;;
-        --job.config_file | --job.config-file) config_named=yes ;;
-        --job.config_file=* | --job.config-file=*) config_named=yes config=${arg#*=} ;;
+        --job.config_file=* | --job.config-file=*) named=${arg#*=} ;;
     esac
+    if [ -n "$named" ] && [ -z "$config_named" ]; then config=$named config_named=yes; fi
     previous=$arg
 done
+# Without a value it is for the program to refuse.
+case $previous in --job.config_file | --job.config-file) config_named=yes ;; esac
 
 if [ -n "$help" ]; then
     cat <<EOF
@@ -66,8 +69,7 @@ fi
 # shellcheck source=scripts/setup_env.sh
 source "$root/scripts/setup_env.sh" ""
 
-# torchtitan reads the first --job.config_file that it finds, so ours must not precede
-# the user's.
+# The first --job.config_file counts, so ours must not precede the user's.
 options=()
 if [ -z "$config_named" ]; then options+=("--job.config_file=$config"); fi
 

@@ -39,7 +39,7 @@ from torchtitan_liger.loss_curves import (
 )
 from torchtitan_liger.loss_curves_judge import (
     MIN_STEPS,
-    Rule,
+    Bounds,
     judge,
     missing_proof,
     notes,
@@ -88,9 +88,9 @@ def main() -> int:
     # The run in progress is ended with this process, and gives its GPUs back.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        rule = Rule(args.loss_bound, args.grad_norm_bound, args.noise_factor)
+        bounds = Bounds(args.loss_bound, args.grad_norm_bound, args.noise_factor)
         report = (
-            train_all(args, rule) if args.command == "run" else read_all(args, rule)
+            train_all(args, bounds) if args.command == "run" else read_all(args, bounds)
         )
     except (OSError, ValueError) as error:
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
@@ -114,9 +114,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--svg", action="store_true", help="the picture as SVG too")
     add("--tensorboard", action="store_true", help="overlays for TensorBoard too")
     bounds = {
-        "--loss-bound": (Rule.loss_bound, "share of the loss"),
-        "--grad-norm-bound": (Rule.grad_norm_bound, "share of the gradient norm"),
-        "--noise-factor": (Rule.noise_factor, "multiple of the noise floor"),
+        "--loss-bound": (Bounds.loss_bound, "share of the loss"),
+        "--grad-norm-bound": (Bounds.grad_norm_bound, "share of the gradient norm"),
+        "--noise-factor": (Bounds.noise_factor, "multiple of the noise floor"),
     }
     for option, (default, what) in bounds.items():
         text = f"{what} by which off and on may differ (default: %(default)g)"
@@ -169,17 +169,17 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 # --- read ----------------------------------------------------------------------------
 
 
-def read_all(args: argparse.Namespace, rule: Rule) -> Report:
+def read_all(args: argparse.Namespace, bounds: Bounds) -> Report:
     """Compare finished runs."""
     names = distinct_names(args.runs)
     pairs = zip(args.runs, names, strict=True)
     runs = group([read_run(path, name) for path, name in pairs])
     proof = not args.curves_only
-    verdict = judge(runs, rule, proof=proof)
+    verdict = judge(runs, bounds, proof=proof)
     title = "off and on" if args.curves_only else "fused loss off and on"
     if names[:2] != ["off", "on"]:
         title = f"off: {runs.off.name}, on: {runs.on.name}"
-    return Report(title, runs, verdict, rule, missing_proof(runs) if proof else None)
+    return Report(title, runs, verdict, bounds, missing_proof(runs) if proof else None)
 
 
 def group(runs: Sequence[Run]) -> Runs:
@@ -227,7 +227,7 @@ def reorder(log: LogFacts) -> Reordering:
     return Reordering(f"in micro-batches of {smaller} instead of {size}", overrides)
 
 
-def train_all(args: argparse.Namespace, rule: Rule) -> Report:
+def train_all(args: argparse.Namespace, bounds: Bounds) -> Report:
     """Train off, on and again, and compare."""
     details: dict[str, dict[str, str]] = {}
     notes = [
@@ -247,20 +247,20 @@ def train_all(args: argparse.Namespace, rule: Rule) -> Report:
                 f"off_again is off {other.label}: the same tokens in the same order, the "
                 "sums in another."
             )
-        verdict = judge(runs, rule, same_start=True)
+        verdict = judge(runs, bounds, same_start=True)
         if verdict.answer == "different" and not any(run.crash for run in runs.all):
             progress.add_run()
             notes.append(f"After three runs the verdict was `{verdict}`.")
             again = trainer.train("on_again", [FLAG_ON, *other.overrides], other.env)
-            if problem := again.crash or unlike_start(on, again, rule):
+            if problem := again.crash or unlike_start(on, again, bounds):
                 notes.append(f"on_again does not count: {problem}.")
             else:
                 notes.append(f"on_again is on {other.label}.")
                 runs = replace(runs, on_again=(again,))
-                verdict = judge(runs, rule, same_start=True)
+                verdict = judge(runs, bounds, same_start=True)
     title = f"{args.config.stem}, fused loss off and on"
     proof = missing_proof(runs)
-    return Report(title, runs, verdict, rule, proof, notes, details)
+    return Report(title, runs, verdict, bounds, proof, notes, details)
 
 
 class Trainer:

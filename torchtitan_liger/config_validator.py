@@ -20,7 +20,7 @@ from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
 from torchtitan_liger.config_checks import check_values, keys_of
 from torchtitan_liger.head_loss import HeadLossOptions
 from torchtitan_liger.head_loss.terms import plain_of
-from torchtitan_liger.head_loss_config import changes, terms_and_options
+from torchtitan_liger.head_loss_config import changes, listed, terms_and_options
 from torchtitan_liger.head_loss_plan import HeadLossPlan
 from torchtitan_liger.liger_api import LigerStatus, liger_status
 
@@ -35,16 +35,17 @@ def liger_here() -> LigerStatus:
 class Rule:
     """When a job cannot have what it asks for.
 
-    `reason` gives None when the rule does not apply, else the reason and a way out.
+    `reason` gives None when the rule does not apply, else the reason and a way out. By
+    default: it does not show before the trainer is built.
     """
 
     topic: str
     """The combination, for a reader of the README."""
     outcome: str
     """What happens, for the same reader."""
-    reason: Callable[[JobConfig, LigerStatus], str | None]
-    effect: Literal["refuse", "fall back"]
-    error: type[Exception]
+    reason: Callable[[JobConfig, LigerStatus], str | None] = lambda *_: None
+    effect: Literal["refuse", "fall back"] = "refuse"
+    error: type[Exception] = ValueError
     """Raised on refusal, and instead of falling back with `fallback = "error"`."""
 
 
@@ -106,7 +107,7 @@ def _reference_other_terms(job: JobConfig, _: LigerStatus) -> str | None:
         return None
     return (
         'liger_kernel.impl = "reference" has cross entropy (weight 1) and z-loss alone, '
-        f"but {listed(job)}: use --liger_kernel.impl chunked"
+        f"but {head_loss_settings(job)}: use --liger_kernel.impl chunked"
     )
 
 
@@ -140,7 +141,7 @@ def _transforms_in_stock_validation(job: JobConfig, _: LigerStatus) -> str | Non
         return None
     return (
         "liger_kernel.validation = false leaves the validation loss to torchtitan, which "
-        f"has no softcap and no temperature, but {listed(job)}: leave it out, or let the "
+        f"has no softcap and no temperature, but {head_loss_settings(job)}: leave it out, or let the "
         "head validate (--liger_kernel.validation)"
     )
 
@@ -178,12 +179,8 @@ def _liger_other_losses(job: JobConfig, _: LigerStatus) -> str | None:
         return None
     return (
         "Liger-Kernel's fused loss has cross entropy (weight 1), label smoothing, z-loss "
-        f"and softcap alone, but {listed(job)}"
+        f"and softcap alone, but {head_loss_settings(job)}"
     )
-
-
-def _seen_later(_job: JobConfig, _: LigerStatus) -> None:
-    """Not before the trainer is built."""
 
 
 RULES = (
@@ -191,71 +188,50 @@ RULES = (
         "pipeline parallelism",
         f"refused: `--parallelism.pipeline_parallel_degree 1`, or `{FLAG_OFF}`",
         _pipeline_parallel,
-        "refuse",
-        RuntimeError,
+        error=RuntimeError,
     ),
     Rule(
         "a float8 or MX converter that would replace the LM head",
         "refused, unless its `filter_fqns` has `output`: the head stays in bf16",
         _quantized_head,
-        "refuse",
-        ValueError,
     ),
     Rule(
         "an LM head that is no plain linear layer (LoRA, a bias, your own)",
         "refused when the model is built",
-        _seen_later,
-        "refuse",
-        ValueError,
     ),
     Rule(
         "a train spec with its own loss, or a model that changes its logits after the head",
         "refused when the trainer is built, or by the preflight",
-        _seen_later,
-        "refuse",
-        ValueError,
     ),
     Rule(
         "tied embeddings with tensor parallelism",
         "refused: `--parallelism.tensor_parallel_degree 1`",
         _tied_tensor_parallel,
-        "refuse",
-        ValueError,
     ),
     Rule(
         '`impl = "reference"` with tensor parallelism',
         "refused: `--liger_kernel.impl chunked`",
         _reference_tensor_parallel,
-        "refuse",
-        ValueError,
     ),
     Rule(
         '`impl = "reference"` with more in `[head_loss]` than cross entropy and z-loss',
         "refused: `--liger_kernel.impl chunked`",
         _reference_other_terms,
-        "refuse",
-        ValueError,
     ),
     Rule(
         "`head_loss.gspo` or `head_loss.preference` with context parallelism",
         "refused: `--parallelism.context_parallel_degree 1`",
         _sequence_context_parallel,
-        "refuse",
-        ValueError,
     ),
     Rule(
         "`head_loss.preference` with an odd number of sequences in a batch",
         "refused: an even `--training.local_batch_size`",
         _half_a_pair,
-        "refuse",
-        ValueError,
     ),
     Rule(
         "`liger_kernel.validation = false` with validation, and a softcap or a temperature",
         "refused: torchtitan's validation has neither",
         _transforms_in_stock_validation,
-        "refuse",
-        ValueError,
     ),
     Rule(
         "Liger-Kernel missing, too old or broken",
@@ -276,7 +252,6 @@ RULES = (
         '`chunked`; `fallback = "error"`: ValueError',
         _liger_tensor_parallel,
         "fall back",
-        ValueError,
     ),
     Rule(
         "Liger-Kernel with more in `[head_loss]` than cross entropy (weight 1), label "
@@ -284,7 +259,6 @@ RULES = (
         '`chunked`; `fallback = "error"`: ValueError',
         _liger_other_losses,
         "fall back",
-        ValueError,
     ),
 )
 
@@ -307,12 +281,12 @@ def resolve(job: JobConfig, liger: LigerStatus | None = None) -> HeadLossPlan:
     """
     plan = _requested(job)
     if not plan.enabled:
-        if listed(job):
+        if head_loss_settings(job):
             raise ValueError(
-                f"{listed(job)}, which torchtitan's own loss would ignore: turn the "
+                f"{head_loss_settings(job)}, which torchtitan's own loss would ignore: turn the "
                 f"fused loss on ({FLAG_ON}), or leave this out"
             )
-        unused = ", ".join(changes(settings(job), "liger_kernel"))
+        unused = listed(changes(settings(job), "liger_kernel"))
         return replace(plan, warning=unused and f"{unused}: unused without {FLAG_ON}")
     liger = liger or liger_here()
     config = settings(job)
@@ -380,9 +354,9 @@ def _head_loss(job: JobConfig) -> job_config.HeadLoss:
     return getattr(job, "head_loss", job_config.HeadLoss())
 
 
-def listed(job: JobConfig) -> str:
+def head_loss_settings(job: JobConfig) -> str:
     """What `[head_loss]` changes, in the user's own words; empty for nothing."""
-    return ", ".join(changes(_head_loss(job), "head_loss"))
+    return listed(changes(_head_loss(job), "head_loss"))
 
 
 def model_args(job: JobConfig) -> BaseModelArgs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -83,31 +83,37 @@ def _term(name: str, table: Any) -> Term | None:
     settings = changes(table, key)
     if table.weight is None:
         if settings:
-            raise without_weight(settings[0], name)
+            raise without_weight(listed(settings), name)
         return None
     if table.weight < 0:
         raise ValueError(
             f"{key}.weight must be at least 0 (at 0 the term is only reported), got "
             f"{table.weight}"
         )
-    for setting in settings:
-        kinds = READ_BY.get(setting.split(" ")[0])
+    for setting, value in settings.items():
+        kinds = READ_BY.get(setting)
         if kinds and table.kind not in kinds:
             raise ValueError(
-                f"{setting} does nothing with {key}.kind = {table.kind}: leave it out, or "
+                f"{setting} = {value} does nothing with {key}.kind = {table.kind}: leave it out, or "
                 f"choose the kind {' or '.join(kinds)}"
             )
     with keys_of(key):
         return TERMS[name](**vars(table))
 
 
-def changes(section: Any, name: str) -> list[str]:
-    """The settings of a section that are not the default, such as `name.key = value`."""
-    found, default = [], type(section)()
+def changes(section: Any, name: str) -> dict[str, Any]:
+    """The settings of a section that are not the default: `name.key` -> value."""
+    found: dict[str, Any] = {}
+    default = type(section)()
     for field in fields(section):
         key, value = f"{name}.{field.name}", getattr(section, field.name)
         if is_dataclass(value):
-            found += changes(value, key)
+            found |= changes(value, key)
         elif value != getattr(default, field.name):
-            found.append(f"{key} = {value}")
+            found[key] = value
     return found
+
+
+def listed(settings: Mapping[str, Any]) -> str:
+    """As in a TOML, on one line."""
+    return ", ".join(f"{key} = {value}" for key, value in settings.items())

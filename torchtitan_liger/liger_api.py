@@ -21,11 +21,13 @@ from torchtitan_liger.head_loss.calls import (
     kept_rows,
     masked,
     prepare,
-    scale_gradient,
-    without_second_derivative,
 )
 from torchtitan_liger.head_loss.chunking import ChunkPlan, budget_bytes, make_plan
 from torchtitan_liger.head_loss.engine import HeadLossOutput
+from torchtitan_liger.head_loss.gradients import (
+    scale_gradient,
+    without_second_derivative,
+)
 from torchtitan_liger.head_loss.options import HeadLossOptions
 from torchtitan_liger.head_loss.terms import CrossEntropy, Term, as_terms, plain_of
 from torchtitan_liger.head_loss.vocab_parallel import VocabShard

@@ -81,7 +81,11 @@ class LMHead(nn.Linear):
             call: keyword arguments of `HeadLoss.__call__`, such as `normalizer`.
 
         Returns:
-            [B, L, V] logits without `labels`, else the loss over this rank's tokens.
+            [B, L, V] logits without `labels`, else the losses over this rank's tokens.
+
+        Raises:
+            RuntimeError: for labels without a `head_loss`.
+            ValueError: for what a `head_loss` refuses.
         """
         if labels is None:
             if isinstance(hidden, DTensor):

@@ -286,11 +286,11 @@ class _LogParser:
             self.restarts.append(step)
             for tag, curve in self.curves.items():
                 self.curves[tag] = _continue_at(curve, step)
+        tags = _VALIDATION_TAGS if validation else _TAGS
         for key, text in _PAIR.findall(values):
-            if validation:
-                tag = _VALIDATION_TAGS.get(key, f"validation_metrics/{key}")
-            else:
-                tag = _TAGS.get(key, TERM_PREFIX + key)
+            if key not in tags:
+                continue
+            tag = tags[key]
             self.curves.setdefault(tag, {})[step] = float(text.replace(",", ""))
             self.resolution[tag] = max(_last_digit(text), self.resolution.get(tag, 0.0))
 

@@ -41,7 +41,7 @@ ON_ALONE = {TERM_PREFIX + name for name in ("cross_entropy", "accuracy")}
 
 
 @dataclass(frozen=True)
-class Rule:
+class Bounds:
     """How far apart two runs may be."""
 
     loss_bound: float = 1e-4
@@ -95,7 +95,7 @@ class Verdict:
         return self.answer + at
 
 
-def judge_curve(aligned: Aligned, runs: Runs, rule: Rule, end: float) -> Judged:
+def judge_curve(aligned: Aligned, runs: Runs, bounds: Bounds, end: float) -> Judged:
     """Compare each difference with what is allowed, at the steps before `end`."""
     tag = aligned.tag
     both = (runs.off, runs.on)
@@ -105,9 +105,9 @@ def judge_curve(aligned: Aligned, runs: Runs, rule: Rule, end: float) -> Judged:
     differences = aligned.differences
     for i, step in enumerate(aligned.steps):
         off, noise = abs(aligned.off[i]), aligned.noise[i]
-        within_noise = rule.noise_factor * noise if runs.pairs else 0.0
+        within_noise = bounds.noise_factor * noise if runs.pairs else 0.0
         telling.append(step < end and within_noise <= MAX_NOISE[tag] * off)
-        limit = max(rule.bound(tag) * off, within_noise)
+        limit = max(bounds.bound(tag) * off, within_noise)
         # Where two runs have drifted apart, their gradients spike at different steps.
         if not telling[-1] and (tag == GRAD_NORM or not within_noise < math.inf):
             limit = math.nan
@@ -125,7 +125,7 @@ def judge_curve(aligned: Aligned, runs: Runs, rule: Rule, end: float) -> Judged:
 
 
 def judge(
-    runs: Runs, rule: Rule, *, proof: bool = True, same_start: bool = False
+    runs: Runs, bounds: Bounds, *, proof: bool = True, same_start: bool = False
 ) -> Verdict:
     """The verdict on `runs`.
 
@@ -137,15 +137,15 @@ def judge(
     not_finite = _not_finite(runs.off)
     end = min(not_finite, default=math.inf)
     curves = {
-        tag: judge_curve(align(tag, runs), runs, rule, end)
+        tag: judge_curve(align(tag, runs), runs, bounds, end)
         for tag in NAMES
         if tag in runs.off.curves and tag in runs.on.curves
     }
     unlike = []
     if same_start:
-        unlike = [text for pair in runs.pairs if (text := unlike_start(*pair, rule))]
+        unlike = [text for pair in runs.pairs if (text := unlike_start(*pair, bounds))]
     excesses = [c.first_excess for c in curves.values() if c.first_excess is not None]
-    unsound = unlike + unrepeatable(runs, rule)
+    unsound = unlike + unrepeatable(runs, bounds)
     if excesses and not unsound and not (proof and not_off(runs)):
         step = min(excesses)
         reasons = [
@@ -228,12 +228,12 @@ def _not_finite(run: Run) -> dict[int, str]:
     }
 
 
-def unlike_start(one: Run, other: Run, rule: Rule) -> str:
+def unlike_start(one: Run, other: Run, bounds: Bounds) -> str:
     """Why two runs do not begin with the same weights and data; empty if they do."""
     for tag, name in NAMES.items():
         for step, size in [*spread(tag, one, other).items()][:1]:
             value = one.curves[tag][step]
-            if size > rule.bound(tag) * abs(value):
+            if size > bounds.bound(tag) * abs(value):
                 return (
                     f"{one.name} and {other.name}, which differ in nothing that matters, "
                     f"begin with a {name} {_percent(size, value)} apart (step {step})"
@@ -241,7 +241,7 @@ def unlike_start(one: Run, other: Run, rule: Rule) -> str:
     return ""
 
 
-def unrepeatable(runs: Runs, rule: Rule) -> list[str]:
+def unrepeatable(runs: Runs, bounds: Bounds) -> list[str]:
     """Why repetitions of "on" are no measure of harmless noise; empty if they are.
 
     Where two runs of "off" stay close and two of "on" do not, either chance has put one
@@ -254,7 +254,7 @@ def unrepeatable(runs: Runs, rule: Rule) -> list[str]:
             most = max((v for values in offs for v in values.values()), default=0.0)
             for step, size in spread(tag, runs.on, again).items():
                 value = abs(runs.on.curves[tag][step])
-                if size > max(MOST_NOISE_OF_ON * most, rule.bound(tag) * value):
+                if size > max(MOST_NOISE_OF_ON * most, bounds.bound(tag) * value):
                     found.append(
                         f"{runs.on.name} does not repeat itself: the {name} of "
                         f"{again.name} is {size:.2g} away at step {step}, while runs of "

@@ -28,7 +28,7 @@ from torchtitan_liger.loss_curves_judge import (
     MAX_NOISE,
     MIN_STEPS,
     NAMES,
-    Rule,
+    Bounds,
     Verdict,
     notes,
 )
@@ -43,7 +43,7 @@ class Report:
     title: str
     runs: Runs
     verdict: Verdict
-    rule: Rule
+    bounds: Bounds
     missing_proof: Sequence[str] | None = ()
     """What is missing to know that off was off and on was on; None: nobody asked."""
     notes: Sequence[str] = ()
@@ -133,7 +133,7 @@ def markdown(report: Report) -> str:
         _run_table(runs),
         _proof_text(report.missing_proof),
         "## The rule",
-        rule_text(report.rule, runs),
+        rule_text(report.bounds, runs),
     ]
     if found := [*report.notes, *notes(runs)]:
         parts += ["## Notes", _bullets(found)]
@@ -201,15 +201,15 @@ def roles(runs: Runs) -> list[tuple[Run, str]]:
     return [(runs.off, "off"), *again, (runs.on, "on"), *on_again]
 
 
-def rule_text(rule: Rule, runs: Runs) -> str:
+def rule_text(bounds: Bounds, runs: Runs) -> str:
     """The rule that the verdict follows, in words."""
     noise = ", ".join(f"{one.name} and {other.name}" for one, other in runs.pairs)
     return (
         "Loss and gradient norm are compared at every step that off and on have in "
         "common. They may differ by the larger of\n\n"
-        f"- {rule.loss_bound:g} of the loss, {rule.grad_norm_bound:g} of the gradient "
+        f"- {bounds.loss_bound:g} of the loss, {bounds.grad_norm_bound:g} of the gradient "
         "norm,\n"
-        f"- {rule.noise_factor:g} times the noise floor: the largest difference so far, "
+        f"- {bounds.noise_factor:g} times the noise floor: the largest difference so far, "
         f"and up to {LOOKAHEAD} steps on, between runs that differ in the order of their "
         f"sums alone ({noise or 'there are none here'}),\n\n"
         "and by the last printed digit where a curve comes from a log. A step where the "
@@ -236,7 +236,7 @@ def to_json(report: Report) -> str:
         "reasons": verdict.reasons,
         "missing_proof": report.missing_proof,
         "notes": [*report.notes, *notes(runs)],
-        "rule": asdict(report.rule),
+        "rule": asdict(report.bounds),
         "table": [asdict(row) for row in table(runs)],
         "runs": [
             {
@@ -314,8 +314,8 @@ def draw(report: Report, *paths: Path) -> None:
     figure.suptitle(f"{_headline(report)}\n{report.title}", fontsize=14)
     figure.supxlabel(
         "Noise floor: how far apart runs come that differ only in the order of their sums. "
-        f"Allowed: {report.rule.noise_factor:g} times that,\nor {report.rule.loss_bound:g} "
-        f"of the loss and {report.rule.grad_norm_bound:g} of the gradient norm where that "
+        f"Allowed: {report.bounds.noise_factor:g} times that,\nor {report.bounds.loss_bound:g} "
+        f"of the loss and {report.bounds.grad_norm_bound:g} of the gradient norm where that "
         "is more. Shaded: so noisy that to agree tells little. Memory and speed are not "
         "judged.",
         fontsize="small",

@@ -17,7 +17,8 @@ from torchtitan.protocols import train_spec as torchtitan_specs
 from torchtitan.protocols.model import BaseModelArgs
 
 from torchtitan_liger import validator
-from torchtitan_liger.config_validator import FLAG_OFF, model_args
+from torchtitan_liger.cli import FLAG_OFF
+from torchtitan_liger.config_validator import model_args
 from torchtitan_liger.data import build_text_dataloader
 from torchtitan_liger.lm_head import LMHead
 from torchtitan_liger.parallelize import parallelize

@@ -41,6 +41,10 @@ def parallelize(
     """Parallelize `model`, whose decoder torchtitan shards by `parallelize_decoder`.
 
     With the fused loss off, this is torchtitan's function alone.
+
+    Raises:
+        ValueError: for a job that cannot have the fused loss, or a head that is no plain
+            linear layer.
     """
     plan = resolve(job_config)
     if not plan.enabled:

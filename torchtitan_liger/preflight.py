@@ -329,17 +329,9 @@ def _gather(tensor: torch.Tensor, dims: ParallelDims) -> list[torch.Tensor]:
     mesh = dims.get_optional_mesh("loss")
     if mesh is None:
         return [tensor]
-    group, size = mesh.get_group(), mesh.size()
-    lengths = [
-        torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(size)
-    ]
-    dist.all_gather(lengths, lengths[0].new_tensor([len(tensor)]), group=group)
-    most = max(int(n) for n in lengths)
-    padded = tensor.new_zeros(most, *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
-    gathered = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(gathered, padded, group=group)
-    return [t[: int(n)] for t, n in zip(gathered, lengths, strict=True)]
+    gathered = [tensor] * mesh.size()
+    dist.all_gather_object(gathered, tensor.cpu(), group=mesh.get_group())
+    return [x.to(tensor.device) for x in gathered]
 
 
 def _slice_of_this_rank(num_labels: list[torch.Tensor], dims: ParallelDims) -> slice:

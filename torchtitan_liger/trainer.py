@@ -20,7 +20,7 @@ from torchtitan.train import Trainer
 
 from torchtitan_liger import data, models
 from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
-from torchtitan_liger.config_validator import listed, model_args, resolve
+from torchtitan_liger.config_validator import head_loss_settings, model_args, resolve
 from torchtitan_liger.head_loss.calls import check_label_range
 from torchtitan_liger.head_loss.chunking import MIB
 from torchtitan_liger.head_loss_plan import FOR_TERMS, NUM_LABELED, TOKEN_WEIGHTS
@@ -56,7 +56,7 @@ class LigerTrainer(Trainer):
         super().__init__(job_config)
         if self.head_loss_plan.enabled:
             logger.info(self.head_loss_plan.announcement())
-            if settings := listed(job_config):
+            if settings := head_loss_settings(job_config):
                 logger.info(
                     f"The head's loss is {self.head_loss_plan.formula} ({settings})"
                 )
@@ -127,6 +127,9 @@ class LigerTrainer(Trainer):
 
         Returns:
             [] this rank's sum of losses / tokens with a label on all ranks.
+
+        Raises:
+            ValueError: for tensors in the batch that do not fit the terms.
         """
         if not self.head_loss_plan.enabled:
             if unread := sorted(FOR_TERMS & input_dict.keys()):
@@ -199,10 +202,10 @@ class LigerTrainer(Trainer):
         )
         if not self.head_loss_plan.is_plain:
             color = self.metrics_processor.color
-            listed = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
+            line = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
             logger.info(
                 f"{color.red}step: {self.step:2}  {color.green}head_loss: "
-                f"{listed}{color.reset}"
+                f"{line}{color.reset}"
             )
 
     def train(self) -> None:

@@ -70,7 +70,7 @@ def preflight_compiles_nothing() -> int:
 
 
 def preflight_of_changed_logits() -> dict[str, str]:
-    """What each layout says of a model that rules out the last words of its vocabulary."""
+    """What each layout says of a model that rules out the last token ids of its vocabulary."""
     said = {}
 
     def rule_out(_model: Any, _args: Any, logits: Any) -> Any:

@@ -234,7 +234,7 @@ def uneven_shards_in_many_chunks() -> float:
 
 
 def bad_labels() -> str:
-    """A label that is no word, under tensor parallelism."""
+    """A label that is no token id, under tensor parallelism."""
     problem = Problem(T=37, D=8, V=101)
     problem.labels[5] = 101
     rank = dist.get_rank()

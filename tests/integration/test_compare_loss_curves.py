@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import FLAG, ROOT, python_env, run_command
 from torchtitan_liger.loss_curves import GRAD_NORM, LOSS, Runs, read_run
-from torchtitan_liger.loss_curves_judge import Rule, judge
+from torchtitan_liger.loss_curves_judge import Bounds, judge
 
 pytestmark = pytest.mark.slow
 
@@ -134,6 +134,6 @@ def test_a_planted_fault_is_found_at_its_first_step(
 ):
     folder, _ = compared
     off, again = (read_run(folder / name) for name in ("off", "off_again"))
-    verdict = judge(Runs(off, read_run(faulty[fault]), (again,)), Rule())
+    verdict = judge(Runs(off, read_run(faulty[fault]), (again,)), Bounds())
     assert str(verdict) == f"different at step {step}", verdict.reasons
     assert verdict.reasons[0].startswith(curve)

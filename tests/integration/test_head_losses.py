@@ -147,7 +147,7 @@ def test_every_curve_is_that_of_one_process(layout, alone, train):
     tags = [tag for tag in expected if tag.startswith(("head_loss/", LOSS))]
     assert len(tags) == 8
     for tag in tags:
-        # A word more or less that is right, of 512
+        # A token more or less that is right, of 512
         slack = 0.0021 if tag == "head_loss/accuracy" else 0.0
         assert curves[tag] == pytest.approx(expected[tag], rel=1e-4, abs=slack), tag
 

@@ -65,6 +65,23 @@ def test_a_config_file_among_the_options_is_the_only_one(shell, repo, run_env, o
     assert args[args.index("torchtitan_liger.train") + 1 :] == options
 
 
+def test_of_several_config_files_the_first_counts(shell, repo, run_env):
+    write(shell.cwd / "here.toml", "")
+    options = ["--job.config_file", "here.toml", "--job.config_file=nowhere.toml"]
+    args = shell.report(repo / "run_train.sh", *options, VIRTUAL_ENV=run_env)["args"]
+    assert args[args.index("torchtitan_liger.train") + 1 :] == options
+    done = shell(repo / "run_train.sh", *options[::-1], "here.toml")
+    assert "no CONFIG_FILE nowhere.toml" in done.stderr
+
+
+def test_a_config_file_without_a_name_is_for_the_program_to_refuse(
+    shell, repo, run_env
+):
+    options = ["--job.config_file"]
+    args = shell.report(repo / "run_train.sh", *options, VIRTUAL_ENV=run_env)["args"]
+    assert args[args.index("torchtitan_liger.train") + 1 :] == options
+
+
 @pytest.mark.parametrize(
     ("visible", "processes"),
     [

@@ -22,7 +22,7 @@ from torchtitan_liger.head_loss import (
     SelfWeighted,
     ZLoss,
 )
-from torchtitan_liger.head_loss_config import READ_BY, TERMS, changes
+from torchtitan_liger.head_loss_config import READ_BY, TERMS, changes, listed
 from torchtitan_liger.liger_api import LigerStatus
 
 CPU = LigerStatus(True, "the kernels need a GPU")
@@ -231,9 +231,9 @@ def test_every_table_has_a_term_of_its_name_with_its_keys():
 
 
 def test_changes_are_listed_as_settings():
-    assert changes(job_config.HeadLoss(), "head_loss") == []
+    assert changes(job_config.HeadLoss(), "head_loss") == {}
     config = job_config.HeadLoss(temperature=2.0, z_loss=job_config.ZLoss(weight=1e-4))
-    assert changes(config, "head_loss") == [
-        "head_loss.temperature = 2.0",
-        "head_loss.z_loss.weight = 0.0001",
-    ]
+    changed = changes(config, "head_loss")
+    assert changed == {"head_loss.temperature": 2.0, "head_loss.z_loss.weight": 1e-4}
+    wanted = "head_loss.temperature = 2.0, head_loss.z_loss.weight = 0.0001"
+    assert listed(changed) == wanted

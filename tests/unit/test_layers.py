@@ -28,6 +28,7 @@ LAYERS = (
     {"head_loss.policy_terms", "head_loss.distillation"},
     {"head_loss.evaluate"},
     {"head_loss.passes"},
+    {"head_loss.gradients"},
     {"head_loss.chunked"},
     {"head_loss.custom_op"},
     {"head_loss.engine"},

@@ -160,13 +160,6 @@ def test_validation_is_no_training_step():
     assert run.restarts == ()
 
 
-def test_losses_of_several_terms_are_read():
-    line = "step:  1  loss:  5.00000  grad_norm: 1.0  z_loss: 2.5e-03  cross_entropy: 4.9\n"
-    curves = parse_log(line).curves
-    assert curves["head_loss/z_loss"] == {1: 0.0025}
-    assert curves["head_loss/cross_entropy"] == {1: 4.9}
-
-
 def test_nan_and_infinite_values_are_values():
     run = parse_log(titan_log([5.0, math.nan, math.inf], [1.0, -math.inf, 1.0]))
     assert math.isnan(run.curves[LOSS][2])

@@ -10,7 +10,7 @@ from tests.unit.test_loss_curves import titan_log
 from torchtitan_liger.loss_curves import GRAD_NORM, LOSS, LogFacts, Run, Runs, parse_log
 from torchtitan_liger.loss_curves_judge import (
     MIN_STEPS,
-    Rule,
+    Bounds,
     Verdict,
     judge,
     missing_proof,
@@ -20,7 +20,7 @@ from torchtitan_liger.loss_curves_judge import (
 )
 
 STEPS = 20
-RULE = Rule()
+BOUNDS = Bounds()
 
 
 def make_run(name, *, loss=5.0, norm=2.0, changes=(), steps=STEPS, fused=False):
@@ -57,7 +57,7 @@ def changed(*changes, **options):
 
 
 def test_identical_runs_are_the_same_and_differ_by_exactly_0():
-    verdict = judge(Runs(OFF, ON, (AGAIN,)), RULE)
+    verdict = judge(Runs(OFF, ON, (AGAIN,)), BOUNDS)
     assert (str(verdict), verdict.exit_code) == ("same", 0)
     for curve in verdict.curves.values():
         assert curve.aligned.differences == (0.0,) * STEPS
@@ -65,30 +65,30 @@ def test_identical_runs_are_the_same_and_differ_by_exactly_0():
 
 def test_a_difference_within_the_relative_bound_is_the_same():
     on = changed((LOSS, 1, 1 + 9e-5), (GRAD_NORM, 1, 1 - 9e-4))
-    assert judge(Runs(OFF, on, (AGAIN,)), RULE).answer == "same"
+    assert judge(Runs(OFF, on, (AGAIN,)), BOUNDS).answer == "same"
 
 
 def test_a_difference_within_the_noise_is_the_same():
     loud = make_run("off_again", changes=[(LOSS, 3, 1.01), (GRAD_NORM, 3, 1.05)])
     on = changed((LOSS, 3, 1 - 0.015), (GRAD_NORM, 3, 1.2))
-    assert judge(Runs(OFF, on, (loud,)), RULE).answer == "same"
-    assert judge(Runs(OFF, on), RULE).answer == "different"
+    assert judge(Runs(OFF, on, (loud,)), BOUNDS).answer == "same"
+    assert judge(Runs(OFF, on), BOUNDS).answer == "different"
 
 
 def test_a_spike_may_come_two_steps_before_that_of_the_noise():
     late = make_run("off_again", changes=[(LOSS, 10, 1.01)])
     for first, answer in ((8, "same"), (7, "different")):
         on = changed((LOSS, first, 1.01))
-        assert judge(Runs(OFF, on, (late,)), RULE).answer == answer
+        assert judge(Runs(OFF, on, (late,)), BOUNDS).answer == answer
 
 
 def test_printed_digits_are_no_difference():
     off = parse_log(titan_log([5.12345] * 9, [0.0100] * 9), "off")
     on = parse_log(titan_log([5.12346] * 9, [0.0101] * 9, calls=9, impl="liger"), "on")
-    rule = Rule(loss_bound=1e-9, grad_norm_bound=1e-9)
-    assert judge(Runs(off, on), rule).answer == "same"
+    bounds = Bounds(loss_bound=1e-9, grad_norm_bound=1e-9)
+    assert judge(Runs(off, on), bounds).answer == "same"
     on = parse_log(titan_log([5.12347] * 9, [0.01] * 9, calls=9, impl="liger"), "on")
-    assert judge(Runs(off, on), rule).answer == "different"
+    assert judge(Runs(off, on), bounds).answer == "different"
 
 
 # --- different -----------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_printed_digits_are_no_difference():
 )
 def test_a_fault_is_found_at_its_first_step(first, change):
     tag, factor = change
-    verdict = judge(Runs(OFF, changed((tag, first, factor)), (AGAIN,)), RULE)
+    verdict = judge(Runs(OFF, changed((tag, first, factor)), (AGAIN,)), BOUNDS)
     assert str(verdict) == f"different at step {first}"
     assert verdict.exit_code == 1
     (reason,) = verdict.reasons
@@ -111,7 +111,7 @@ def test_a_fault_is_found_at_its_first_step(first, change):
 
 def test_of_two_curves_the_earlier_difference_counts():
     on = changed((LOSS, 5, 1.01), (GRAD_NORM, 3, 1.01))
-    verdict = judge(Runs(OFF, on, (AGAIN,)), RULE)
+    verdict = judge(Runs(OFF, on, (AGAIN,)), BOUNDS)
     assert str(verdict) == "different at step 3"
     assert [reason.split(" 2")[0] for reason in verdict.reasons] == ["gradient norm"]
 
@@ -119,7 +119,7 @@ def test_of_two_curves_the_earlier_difference_counts():
 def test_a_fault_before_the_noise_grows_is_still_found():
     loud = make_run("off_again", changes=[(LOSS, 9, 1.05), (GRAD_NORM, 9, 2.0)])
     on = changed((GRAD_NORM, 3, 1.01))
-    assert str(judge(Runs(OFF, on, (loud,)), RULE)) == "different at step 3"
+    assert str(judge(Runs(OFF, on, (loud,)), BOUNDS)) == "different at step 3"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -128,7 +128,7 @@ def test_not_finite_in_on_alone_is_a_difference(tag, value):
     on = changed()
     on.curves[tag][7] = value
     for again in ((), (AGAIN,)):
-        assert str(judge(Runs(OFF, on, again), RULE)) == "different at step 7"
+        assert str(judge(Runs(OFF, on, again), BOUNDS)) == "different at step 7"
 
 
 def test_with_other_intervals_the_last_step_that_agreed_is_named():
@@ -139,37 +139,37 @@ def test_with_other_intervals_the_last_step_that_agreed_is_named():
         )
         for run in (OFF, changed((LOSS, 7, 1.01)))
     )
-    verdict = judge(Runs(off, on), RULE)
+    verdict = judge(Runs(off, on), BOUNDS)
     assert str(verdict) == "different at step 10"
     assert "no such difference up to step 5" in verdict.reasons[0]
 
 
 def test_a_difference_counts_though_a_run_crashed_later():
     on = replace(changed((LOSS, 4, 1.01)), crash="RuntimeError: NCCL")
-    assert str(judge(Runs(OFF, on, (AGAIN,)), RULE)) == "different at step 4"
+    assert str(judge(Runs(OFF, on, (AGAIN,)), BOUNDS)) == "different at step 4"
 
 
 def test_bounds_and_noise_factor_can_be_set():
     on = changed((LOSS, 1, 1.002))
-    assert judge(Runs(OFF, on), RULE).answer == "different"
-    assert judge(Runs(OFF, on), Rule(loss_bound=0.01)).answer == "same"
+    assert judge(Runs(OFF, on), BOUNDS).answer == "different"
+    assert judge(Runs(OFF, on), Bounds(loss_bound=0.01)).answer == "same"
     loud = make_run("off_again", changes=[(LOSS, 1, 1.001)])
-    assert judge(Runs(OFF, on, (loud,)), RULE).answer == "same"
-    assert judge(Runs(OFF, on, (loud,)), Rule(noise_factor=1)).answer == "different"
+    assert judge(Runs(OFF, on, (loud,)), BOUNDS).answer == "same"
+    assert judge(Runs(OFF, on, (loud,)), Bounds(noise_factor=1)).answer == "different"
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 @pytest.mark.parametrize("name", ["loss_bound", "grad_norm_bound", "noise_factor"])
 def test_a_bound_that_means_nothing_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}; it must be"):
-        Rule(**{name: value})
+        Bounds(**{name: value})
 
 
 # --- cannot tell ---------------------------------------------------------------------
 
 
 def cannot_tell(runs, **options):
-    verdict = judge(runs, RULE, **options)
+    verdict = judge(runs, BOUNDS, **options)
     assert (str(verdict), verdict.exit_code) == ("cannot tell", 2)
     return "\n".join(verdict.reasons)
 
@@ -203,7 +203,7 @@ def test_not_finite_in_off(tag):
     assert "is nan at step 15" in reason
     # What comes before counts.
     earlier = changed((LOSS, 3, 1.01))
-    assert str(judge(Runs(off, earlier), RULE)) == "different at step 3"
+    assert str(judge(Runs(off, earlier), BOUNDS)) == "different at step 3"
 
 
 def test_not_finite_in_both_is_not_the_same():
@@ -236,14 +236,14 @@ def test_in_a_long_run_twenty_quiet_steps_are_enough():
     off, on = make_run("off", steps=300), changed((LOSS, 24, 1.1), steps=300)
     for first, answer in ((23, "same"), (22, "cannot tell")):
         loud = make_run("off_again", changes=[(LOSS, first, 1.03)], steps=300)
-        verdict = judge(Runs(off, on, (loud,)), RULE)
+        verdict = judge(Runs(off, on, (loud,)), BOUNDS)
         assert verdict.answer == answer
     assert (
         "at 280 of 300 steps the noise floor is too large"
         in (
             judge(
                 Runs(off, on, (make_run("x", changes=[(LOSS, 23, 1.03)], steps=300),)),
-                RULE,
+                BOUNDS,
             ).reasons[0]
         )
     )
@@ -252,12 +252,12 @@ def test_in_a_long_run_twenty_quiet_steps_are_enough():
 def test_more_than_the_largest_noise_is_different():
     loud = make_run("off_again", changes=[(LOSS, 13, 1.03)])
     on = changed((LOSS, 15, 1.2))
-    assert str(judge(Runs(OFF, on, (loud,)), RULE)) == "different at step 15"
+    assert str(judge(Runs(OFF, on, (loud,)), BOUNDS)) == "different at step 15"
 
 
 def test_a_noisy_gradient_norm_needs_few_steps_only_and_may_spike():
     loud = make_run("off_again", changes=[(GRAD_NORM, 8, 3.0)])
-    verdict = judge(Runs(OFF, changed((GRAD_NORM, 15, 90.0)), (loud,)), RULE)
+    verdict = judge(Runs(OFF, changed((GRAD_NORM, 15, 90.0)), (loud,)), BOUNDS)
     assert verdict.answer == "same"
     assert "at 15 of 20 steps the noise floor is too large" in verdict.reasons[1]
 
@@ -270,13 +270,13 @@ def test_a_curve_that_is_missing():
 def test_repetitions_that_begin_differently_are_no_noise_floor():
     other_data = make_run("off_again", loss=5.1)
     runs = Runs(OFF, ON, (other_data,))
-    assert judge(runs, RULE).answer == "same"  # a spread over seeds, perhaps
+    assert judge(runs, BOUNDS).answer == "same"  # a spread over seeds, perhaps
     reason = cannot_tell(runs, same_start=True)
     assert "off and off_again, which differ in nothing that matters, begin" in reason
-    assert unlike_start(OFF, AGAIN, RULE) == ""
+    assert unlike_start(OFF, AGAIN, BOUNDS) == ""
     # With data that may be other data, a difference means nothing either.
     far = changed((LOSS, 1, 1.5))
-    assert judge(Runs(OFF, far, (other_data,)), RULE).answer == "different"
+    assert judge(Runs(OFF, far, (other_data,)), BOUNDS).answer == "different"
     cannot_tell(Runs(OFF, far, (other_data,)), same_start=True)
 
 
@@ -304,7 +304,7 @@ def test_on_that_was_not_on_is_never_the_same(on, reason):
     (problem,) = missing_proof(runs)
     assert re.match(reason, problem)
     assert cannot_tell(runs) == problem
-    assert judge(runs, RULE, proof=False).answer == "same"
+    assert judge(runs, BOUNDS, proof=False).answer == "same"
 
 
 def far_from(run):
@@ -335,13 +335,13 @@ def test_a_repeated_on_tells_chance_from_fault():
     on = changed((LOSS, 9, 1.01))
     drifted = make_run("on_again", changes=[(LOSS, 10, 0.999)], fused=True)
     runs = Runs(OFF, on, (make_run("off_again", changes=[(LOSS, 11, 1.002)]),))
-    assert str(judge(runs, RULE)) == "different at step 9"
+    assert str(judge(runs, BOUNDS)) == "different at step 9"
     runs = replace(runs, on_again=(drifted,))
-    assert unrepeatable(runs, RULE) == []
-    assert judge(runs, RULE).answer == "same"
+    assert unrepeatable(runs, BOUNDS) == []
+    assert judge(runs, BOUNDS).answer == "same"
     # The fault is in both: they agree with each other.
     faulty = replace(on, name="on_again")
-    verdict = judge(replace(runs, on_again=(faulty,)), RULE)
+    verdict = judge(replace(runs, on_again=(faulty,)), BOUNDS)
     assert str(verdict) == "different at step 9"
 
 
@@ -359,7 +359,7 @@ def test_an_on_that_cannot_repeat_itself_is_neither_same_nor_different():
 
 def test_noise_of_on_below_the_bounds_is_harmless():
     quiet = make_run("on_again", changes=[(LOSS, 9, 1 + 9e-5)], fused=True)
-    assert judge(Runs(OFF, ON, (OFF,), (quiet,)), RULE).answer == "same"
+    assert judge(Runs(OFF, ON, (OFF,), (quiet,)), BOUNDS).answer == "same"
 
 
 # --- notes ---------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torchtitan_liger.loss_curves import (
     Runs,
     parse_log,
 )
-from torchtitan_liger.loss_curves_judge import Rule, judge, missing_proof
+from torchtitan_liger.loss_curves_judge import Bounds, judge, missing_proof
 from torchtitan_liger.loss_curves_report import (
     Report,
     draw,
@@ -44,8 +44,8 @@ FAULTY = parse_log(
 
 def make_report(on=ON, again=(AGAIN,), **changes):
     runs = Runs(OFF, on, again)
-    rule = Rule()
-    report = Report("a job", runs, judge(runs, rule), rule, missing_proof(runs))
+    bounds = Bounds()
+    report = Report("a job", runs, judge(runs, bounds), bounds, missing_proof(runs))
     return replace(report, **changes)
 
 
@@ -115,7 +115,7 @@ def test_the_report_answers_and_says_by_which_rule():
 
 
 def test_the_rule_in_the_report_is_the_rule_that_judged():
-    text = rule_text(Rule(0.5, 0.25, 7.0), Runs(OFF, ON))
+    text = rule_text(Bounds(0.5, 0.25, 7.0), Runs(OFF, ON))
     assert "- 0.5 of the loss, 0.25 of the gradient norm" in text
     assert "- 7 times the noise floor" in text
     assert "there are none here" in text
@@ -213,9 +213,9 @@ def test_the_picture_marks_steps_that_tell_little(monkeypatch):
     again = parse_log(titan_log([5.0] * 7 + [6.0]), "off_again")
     on = parse_log(titan_log([5.0] * 8, calls=8, impl="liger"), "on")
     runs = Runs(off, on, (again,))
-    verdict = judge(runs, Rule())
+    verdict = judge(runs, Bounds())
     assert verdict.answer == "same"
-    figure = drawn(Report("a job", runs, verdict, Rule()), monkeypatch)
+    figure = drawn(Report("a job", runs, verdict, Bounds()), monkeypatch)
     assert "(from step 6 on, too noisy to tell much)" in figure.get_suptitle()
     labels = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
     assert "tells little" in labels

@@ -168,7 +168,7 @@ def test_torchtitans_own_loss_would_ignore_what_terms_read(trainer):
 
 
 def memory_plan(caplog, head_loss, **dims):
-    """What is logged for 8,192 tokens, a width of 256 and 8,192 words."""
+    """What is logged for 8,192 tokens, a width of 256 and 8,192 token ids."""
     caplog.set_level(logging.INFO)
     linear = torch.nn.Linear(256, 8192, bias=False, device="meta")
     head = LMHead.from_linear(linear)

@@ -1,4 +1,4 @@
-"""What every implementation does with the arguments of a call and with its gradients.
+"""What every implementation does with the arguments of a call.
 
 `T` tokens, `N` of them that count, `K` candidates of each, `D` width, `V` vocabulary.
 """
@@ -6,14 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from functools import lru_cache, wraps
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
-
-_Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
 
 class Call(NamedTuple):
@@ -90,6 +87,40 @@ def per_token(
             )
         flat[name] = tensor.reshape(labels.numel(), *tensor.shape[labels.ndim :])
     return flat
+
+
+def row_inputs_of(
+    given: Mapping[str, torch.Tensor],
+    wanted: Collection[str],
+    labels: torch.Tensor,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """What the terms read of each token, flat, in `dtype` if it is no integer.
+
+    Raises:
+        ValueError: for an input that is missing, that no term reads, that is not like
+            the labels, or that wants a gradient.
+    """
+    missing = [name for name in wanted if name not in given]
+    unknown = [name for name in given if name not in wanted]
+    if missing or unknown:
+        raise ValueError(
+            f"the terms read the inputs {', '.join(wanted) or '(none)'}: "
+            f"{', '.join(missing or unknown)} is "
+            f"{'not given' if missing else 'read by none of them'}"
+        )
+    rows = per_token(given, labels, with_extra_dim=("candidates",))
+    if torch.is_grad_enabled() and (
+        learn := [n for n, x in rows.items() if x.requires_grad]
+    ):
+        raise ValueError(
+            f"{', '.join(learn)} would get no gradient from a head loss: detach it. Weights "
+            "of tokens can be learned as token_weights"
+        )
+    return {
+        name: x.detach().to(dtype) if x.is_floating_point() else x.detach()
+        for name, x in rows.items()
+    }
 
 
 def kept_rows(
@@ -203,61 +234,6 @@ def check_label_range(labels: torch.Tensor, vocab_size: int, ignore_index: int) 
     )
 
 
-def without_second_derivative(backward: _Backward) -> _Backward:
-    """A backward pass that refuses `create_graph=True`.
-
-    torch's `once_differentiable` raises only where its own node is reached, which it is not
-    from the incoming gradient of a loss, a constant: the second derivative would be zero.
-    """
-
-    @wraps(backward)
-    def wrapped(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "a head loss has no second derivative: leave out create_graph=True, or "
-                'compute this loss with impl="reference"'
-            )
-        return backward(ctx, *grads)
-
-    return cast(_Backward, wrapped)
-
-
-def scale_gradient(
-    grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """`grad * factor` in `dtype`, rounded once; for use in a backward pass.
-
-    Takes over the memory of `grad`, unless the graph is kept for another pass.
-    """
-    # With no dims, `factor` would first be rounded to the dtype of `grad`.
-    factor = factor.reshape(1)
-    in_place = dtype == grad.dtype and not _graph_is_kept()
-    out = grad if in_place else torch.empty_like(grad, dtype=dtype)
-    kernel = _scale_kernel(grad.device.type) if grad.is_contiguous() else None
-    if kernel is None:
-        return torch.mul(grad, factor, out=out)
-    kernel(grad, factor, out)
-    return out
-
-
-@lru_cache
-def _scale_kernel(device_type: str) -> Callable[..., None] | None:
-    """torch's own multiplication makes a pass also by one, and a slow one to bfloat16."""
-    if device_type != "cuda":
-        return None
-    try:
-        from torchtitan_liger.head_loss.triton_sweeps import scale
-    except ImportError:  # a torch without triton
-        return None
-    return scale
-
-
-def _graph_is_kept() -> bool:
-    """Whether this backward pass runs with `retain_graph`; True if torch cannot tell."""
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if keeps is None else keeps()
-
-
 def _inverse(
     normalizer: torch.Tensor | float, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -292,6 +268,9 @@ def _check_tensors(
                 f"{name} is a DTensor; pass its local tensor, with "
                 "`shard=VocabShard(...)` for a weight whose vocabulary is sharded"
             )
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
     if weight.ndim != 2:
         raise ValueError(f"weight must be [V, D], got {tuple(weight.shape)}")
     if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:

@@ -17,17 +17,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchtitan_liger.head_loss.calls import (
+from torchtitan_liger.head_loss.evaluate import partials_of, values_of
+from torchtitan_liger.head_loss.gradients import (
     scale_gradient,
     without_second_derivative,
 )
-from torchtitan_liger.head_loss.evaluate import partials_of, values_of
-from torchtitan_liger.head_loss.passes import Chunk, HeadCall, Passes, Softmax
+from torchtitan_liger.head_loss.passes import Chunk, HeadCall, Passes
 from torchtitan_liger.head_loss.statistics import (
     AT_ONCE,
     Coefficients,
     Partials,
     Statistics,
+    Sums,
 )
 from torchtitan_liger.head_loss.terms import slopes_of
 
@@ -63,7 +64,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
         )
         d_token_weights_N = result.by_token_N if need_d_token_weights else None
         if ctx.later:
-            ctx.call, ctx.softmax, ctx.partials = call, result.softmax, result.partials
+            ctx.call, ctx.sums, ctx.partials = call, result.sums, result.partials
             # What the logits are computed from once more may not change until then.
             again = hidden_TD, weight_vD, *call.read_again()
             ctx.save_for_backward(d_token_weights_N, *again)
@@ -115,7 +116,7 @@ class ChunkedTokenLosses(torch.autograd.Function):
             need_d_weight=False,
             need_partials=call.with_grad,
         )
-        ctx.call, ctx.softmax, ctx.partials = call, result.softmax, result.partials
+        ctx.call, ctx.sums, ctx.partials = call, result.sums, result.partials
         # What the logits are computed from once more may not change until then.
         ctx.save_for_backward(hidden_TD, weight_vD, *call.read_again())
         return result.by_token_N
@@ -133,7 +134,7 @@ def _later_gradients(
     """Of hidden states and weight, in their dtypes, from the logits computed once more.
 
     Args:
-        ctx: has the `call`, its `softmax`, and the `partials` of a loss.
+        ctx: has the `call`, its `sums`, and the `partials` of a loss.
         saved: hidden states, weight, and what `call.read_again` gave, as autograd kept it.
         by_N: how often each token's loss counts.
     """
@@ -147,8 +148,8 @@ def _later_gradients(
             need_d_hidden=need_d_hidden,
             need_d_weight=need_d_weight,
         )
-        by_N = torch.where(passes.valid_N, by_N, 0.0)  # NaN times 0 is not 0
-        _second_phase(passes, ctx.softmax, ctx.partials.times(by_N))
+        by_N = torch.where(passes.inputs.valid_C, by_N, 0.0)  # NaN times 0 is not 0
+        _second_phase(passes, ctx.sums, ctx.partials.times(by_N))
     return (
         None if grad is None else grad.to(x.dtype)
         for grad, x in zip(passes.totals(), (hidden_TD, weight_vD), strict=True)
@@ -160,7 +161,7 @@ class Result(NamedTuple):
     by_token_N: torch.Tensor  # each token's loss before its weight, scaled
     by_term: torch.Tensor  # scaled
     metrics: torch.Tensor  # [M] sums, then extremes; not scaled
-    softmax: Softmax
+    sums: Sums
     partials: Partials | None
     d_hidden_TD: torch.Tensor | None
     d_weight_vD: torch.Tensor | None
@@ -200,60 +201,58 @@ def run(
                 constants = _partials(passes, None, tokens, weight_N)
                 parts.append(passes.gradients_at_once(passes.logits(tokens), constants))
         else:
-            for chunk, softmax in _one_by_one(passes):
-                parts.append(softmax)
+            for chunk, part in _one_by_one(passes):
+                parts.append(part)
                 if with_grad and not call.two_phase:
-                    coefficients = _coefficients(
-                        passes, softmax, chunk.tokens, weight_N
-                    )
+                    coefficients = _coefficients(passes, part, chunk.tokens, weight_N)
                     passes.gradients(chunk, coefficients)
-        softmax = Softmax.together(parts)
+        sums = _together(parts)
         # What is only reported comes last, for all tokens at once.
-        statistics, valid_N = passes.statistics(softmax), passes.valid_N
-        values = values_of(
-            call.terms, statistics, call.rows, weight_N, valid_N, call.sequences
-        )
-        metrics = call.metrics.of_rows(
-            call.terms,
-            statistics,
-            call.rows,
-            softmax.label_is_largest,
-            valid_N,
-            call.sequences,
-        )
+        statistics, inputs = passes.statistics(sums), passes.inputs
+        values = values_of(call.terms, statistics, inputs, weight_N)
+        # From the logits, of which logarithms round.
+        is_correct_N = sums["label_logit"] >= sums["max"]
+        metrics = call.metrics.of_rows(call.terms, statistics, inputs, is_correct_N)
         partials = None
         if need_partials or (with_grad and call.two_phase):
-            partials = partials_of(
-                call.terms, statistics, call.rows, weight_N, valid_N, call.sequences
-            )
+            partials = partials_of(call.terms, statistics, inputs, weight_N)
             if with_grad:
-                _second_phase(passes, softmax, partials)
+                _second_phase(passes, sums, partials)
     return Result(
         (values.by_token * token_weight_N).sum() * call.scale,
         values.by_token * call.scale,
         values.by_term,
         metrics,
-        softmax,
+        sums,
         partials,
         *passes.totals(),
     )
 
 
-def _one_by_one(passes: Passes) -> Iterator[tuple[Chunk, Softmax]]:
-    """Each chunk with its softmax, while its logits are still there."""
+def _one_by_one(passes: Passes) -> Iterator[tuple[Chunk, Sums]]:
+    """Each chunk with its sums, while its logits are still there."""
     pending = None
     for tokens in passes.call.chunks():
         chunk = passes.logits(tokens)
         wait = passes.start(chunk)
         if passes.call.shard is None:
-            yield chunk, passes.softmax(chunk, wait)
+            yield chunk, passes.finish(chunk, wait)
             continue
         # While a chunk's sums travel, the next one's logits are computed.
         if pending is not None:
-            yield pending[0], passes.softmax(*pending)
+            yield pending[0], passes.finish(*pending)
         pending = chunk, wait
     if pending is not None:
-        yield pending[0], passes.softmax(*pending)
+        yield pending[0], passes.finish(*pending)
+
+
+def _together(parts: Sequence[Sums]) -> Sums:
+    """The sums of several chunks, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]
+    }
 
 
 def _slopes_are_constant(call: HeadCall) -> bool:
@@ -263,42 +262,33 @@ def _slopes_are_constant(call: HeadCall) -> bool:
 def _at_once(call: HeadCall) -> bool:
     """Whether a row's gradient needs nothing but the row: no other ranks' columns, no
     other tokens, and no statistic that is known only when the row has been read."""
-    terms = [term for term in call.terms if term.weight]
-    read = {name for term in terms for name in slopes_of(term) or ()}
     return (
         call.shard is None
         and not call.two_phase
+        and call.needs <= AT_ONCE
         and _slopes_are_constant(call)
-        and AT_ONCE.issuperset(read | call.needs)
     )
 
 
 def _coefficients(
-    passes: Passes, softmax: Softmax, tokens: slice, weight_N: torch.Tensor
+    passes: Passes, sums: Sums, tokens: slice, weight_N: torch.Tensor
 ) -> Coefficients:
-    """Of the gradient of these tokens, whose softmax this is."""
+    """Of the gradient of these tokens, whose sums these are."""
     constant = _slopes_are_constant(passes.call)
-    statistics = None if constant else passes.statistics(softmax)
+    statistics = None if constant else passes.statistics(sums)
     partials = _partials(passes, statistics, tokens, weight_N)
-    return passes.coefficients(partials, softmax, statistics)
+    return passes.coefficients(partials, sums, statistics)
 
 
 def _partials(
     passes: Passes, statistics: Statistics | None, tokens: slice, weight_N: torch.Tensor
 ) -> Partials:
-    call = passes.call
-    return partials_of(
-        call.terms,
-        statistics,
-        {name: x[tokens] for name, x in call.rows.items()},
-        weight_N[tokens],
-        passes.valid_N[tokens],
-        None if call.sequences is None else call.sequences.part(tokens),
-    )
+    inputs = passes.inputs.part(tokens)
+    return partials_of(passes.call.terms, statistics, inputs, weight_N[tokens])
 
 
-def _second_phase(passes: Passes, softmax: Softmax, partials: Partials) -> None:
+def _second_phase(passes: Passes, sums: Sums, partials: Partials) -> None:
     """The logits once more, in the same chunks and so to the same bits."""
-    coefficients = passes.coefficients(partials, softmax, None)
+    coefficients = passes.coefficients(partials, sums, None)
     for tokens in passes.call.chunks():
         passes.gradients(passes.logits(tokens), coefficients.part(tokens))

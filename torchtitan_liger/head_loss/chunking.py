@@ -36,11 +36,11 @@ class ChunkPlan:
 
 
 def budget_bytes(logits_memory_mib: int, device_type: str, row_bytes: int) -> int:
-    """Bytes that the logits of one chunk may take.
+    """Bytes that all logits which exist at one time may take.
 
     Args:
         logits_memory_mib: the user's wish; 0 for the default of the device.
-        row_bytes: what one token's logits take.
+        row_bytes: what one token's logits take, in all buffers.
     """
     if logits_memory_mib:
         return logits_memory_mib * MIB

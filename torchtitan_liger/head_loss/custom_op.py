@@ -15,9 +15,9 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from torchtitan_liger.head_loss.calls import without_second_derivative
 from torchtitan_liger.head_loss.chunked import run
 from torchtitan_liger.head_loss.evaluate import Metrics
+from torchtitan_liger.head_loss.gradients import without_second_derivative
 from torchtitan_liger.head_loss.options import HeadLossOptions
 from torchtitan_liger.head_loss.passes import HeadCall
 from torchtitan_liger.head_loss.products import weight_sum_dtype

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 
 from torchtitan_liger.head_loss.statistics import Statistics
-from torchtitan_liger.head_loss.terms import Rows, Term
+from torchtitan_liger.head_loss.terms import Rows, Term, check_choice
 
-KINDS = ("forward_kl", "reverse_kl", "jsd", "soft_cross_entropy")
+DistillationKind = Literal["forward_kl", "reverse_kl", "jsd", "soft_cross_entropy"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,11 @@ class Teacher:
         """The same teacher with tokens in one dim.
 
         Raises:
-            ValueError: where its shapes do not fit to labels of shape `leading` and a
+            ValueError: where its dtypes or shapes do not fit to labels of shape `leading` and a
                 head with `num_columns`.
         """
+        if not self.dtype.is_floating_point:
+            raise ValueError(f"the teacher must be floating point, got {self.dtype}")
         if self.logits is not None:
             expected, got = (*leading, num_columns), tuple(self.logits.shape)
             if got != expected:
@@ -103,18 +105,13 @@ class Distillation(Term):
     `weight = temperature ** 2`. The call gets `teacher=Teacher(...)`.
     """
 
-    kind: Literal["forward_kl", "reverse_kl", "jsd", "soft_cross_entropy"] = (
-        "forward_kl"
-    )
+    kind: DistillationKind = "forward_kl"
     beta: float = 0.5
     weight: float = 1.0
     name: str = "distillation"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(
-                f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}"
-            )
+        check_choice("kind", self.kind, DistillationKind)
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta must be in [0, 1], got {self.beta}")
 

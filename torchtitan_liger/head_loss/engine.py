@@ -21,6 +21,7 @@ from torchtitan_liger.head_loss.calls import (
     masked,
     per_token,
     prepare,
+    row_inputs_of,
 )
 from torchtitan_liger.head_loss.chunked import ChunkedHeadLoss, ChunkedTokenLosses
 from torchtitan_liger.head_loss.chunking import (
@@ -43,7 +44,6 @@ from torchtitan_liger.head_loss.terms import (
     check_terms,
     needs_of,
     plain_of,
-    row_inputs_of,
 )
 from torchtitan_liger.head_loss.vocab_parallel import VocabShard
 
@@ -159,7 +159,7 @@ class HeadLoss:
             shard: which columns `weight` holds, when the vocabulary is sharded. The
                 gradient of `hidden` is then this rank's share of a sum over the group.
             teacher: the other model, for a distillation.
-            sequence_ids: [...] int64 in [0, num_sequences): which tokens belong together,
+            sequence_ids: [...] int64 or int32 in [0, num_sequences): which tokens belong together,
                 for terms over sequences. None: the last dim of `labels` is a sequence.
             num_sequences: how many `sequence_ids` number; they come together.
             check_labels: look for labels that are not in [0, V). This waits for the GPU, so
@@ -169,7 +169,7 @@ class HeadLoss:
                 other tokens then cost neither time nor memory; without it they do on a
                 GPU with `check_labels=False`. A wrong number makes the loss NaN.
             row_inputs: [...] numbers for each token that a term asks for by name, without
-                gradient; `candidates` is [..., K].
+                gradient; `candidates` is [..., K] int64 or int32.
 
         Raises:
             ValueError: for shapes, dtypes, labels, inputs or a normalizer that do not
@@ -368,15 +368,17 @@ class HeadLoss:
             dtype: of the products.
             sharded: whether there are columns on other ranks.
             teacher_dtype: of a teacher's logits; None for `dtype`.
+
+        Raises:
+            ValueError: for `impl="reference"`, which has no chunks.
         """
-        wide = torch.promote_types(dtype, torch.float32)
         if self.impl == "reference":
             raise ValueError('impl="reference" has all logits at one time: no plan')
         # The gradient takes the place of the logits. A teacher has its own; CPUs have no
         # product of narrow numbers with a float32 sum, so there they are widened.
         num_bytes = dtype.itemsize
-        if device_type == "cpu" and wide != dtype:
-            num_bytes += wide.itemsize
+        if device_type == "cpu" and dtype.itemsize < torch.float32.itemsize:
+            num_bytes += torch.float32.itemsize
         num_buffers = 1 + sharded  # a chunk's sums travel beside the next product
         row_bytes = num_columns * num_bytes * num_buffers
         budget = budget_bytes(self.options.logits_memory_mib, device_type, row_bytes)

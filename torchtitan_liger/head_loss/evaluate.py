@@ -27,6 +27,22 @@ from torchtitan_liger.head_loss.terms import (
 )
 
 
+class TermInputs(NamedTuple):
+    """What terms read of some tokens, beside their statistics."""
+
+    rows: Rows
+    valid_C: torch.Tensor  # whether the token has a label
+    sequences: Sequences | None
+
+    def part(self, tokens: slice) -> TermInputs:
+        """Those of a chunk."""
+        return TermInputs(
+            {name: x[tokens] for name, x in self.rows.items()},
+            self.valid_C[tokens],
+            None if self.sequences is None else self.sequences.part(tokens),
+        )
+
+
 class Metrics:
     """What is reported beside the terms."""
 
@@ -42,21 +58,20 @@ class Metrics:
         self,
         terms: Sequence[Term],
         stats: Statistics,
-        rows: Rows,
-        right_C: torch.Tensor,
-        valid_C: torch.Tensor,
-        sequences: Sequences | None,
+        inputs: TermInputs,
+        is_correct_C: torch.Tensor,
     ) -> torch.Tensor:
-        """[M] over the tokens with a label. Of "/min" it is the negative's maximum.
+        """[M] sums, then maxima, over the tokens with a label. A "/min" is the maximum of the
+        negatives.
 
         Args:
-            right_C: whether no logit is larger than the label's.
+            is_correct_C: whether no logit is larger than the label's.
         """
-        values = {"accuracy": right_C, "max_prob": stats.max_logp.exp()}
+        values = {"accuracy": is_correct_C, "max_prob": stats.max_logp.exp()}
         if stats.entropy is not None:
             values["entropy"] = stats.entropy
         for term in terms:
-            of_term = _metrics(term, stats, rows, sequences)
+            of_term = _metrics(term, stats, inputs)
             for name, x in zip(term.metric_names, of_term, strict=True):
                 values[f"{term.name}/{name}"] = x
         numbers = [values[name].to(stats.logp.dtype) for name in self.names]
@@ -66,11 +81,11 @@ class Metrics:
                 for name, x in zip(self.names, numbers, strict=True)
             ]
         )
-        sums = torch.where(valid_C, values_MC[: self._num_sums], 0.0).sum(dim=1)
+        sums = torch.where(inputs.valid_C, values_MC[: self._num_sums], 0.0).sum(dim=1)
         extremes_MC = values_MC[self._num_sums :]
         if not len(extremes_MC):
             return sums
-        masked_MC = torch.where(valid_C, extremes_MC, -torch.inf)
+        masked_MC = torch.where(inputs.valid_C, extremes_MC, -torch.inf)
         nothing_M1 = masked_MC.new_full((len(masked_MC), 1), -torch.inf)
         extremes = torch.cat([masked_MC, nothing_M1], dim=1).amax(dim=1)
         return torch.cat([sums, extremes])
@@ -104,14 +119,12 @@ class TermValues(NamedTuple):
 def values_of(
     terms: Sequence[Term],
     stats: Statistics,
-    rows: Rows,
+    inputs: TermInputs,
     token_weight_C: torch.Tensor,
-    valid_C: torch.Tensor,
-    sequences: Sequences | None,
 ) -> TermValues:
     """Rows that are not valid count as zero, whatever they hold."""
     with torch.enable_grad():  # by which a term's own parameters show
-        losses = [_loss(term, stats, rows, sequences) for term in terms]
+        losses = [_loss(term, stats, inputs) for term in terms]
     for term, loss_C in zip(terms, losses, strict=True):
         if loss_C.requires_grad:
             raise ValueError(
@@ -127,18 +140,16 @@ def values_of(
                 by_token_C = by_token_C + term.weight * loss_C
         weighted_SC = torch.stack(losses) * token_weight_C
         return TermValues(
-            torch.where(valid_C, by_token_C, 0.0),
-            torch.where(valid_C, weighted_SC, 0.0).sum(dim=1),
+            torch.where(inputs.valid_C, by_token_C, 0.0),
+            torch.where(inputs.valid_C, weighted_SC, 0.0).sum(dim=1),
         )
 
 
 def partials_of(
     terms: Sequence[Term],
     stats: Statistics | None,
-    rows: Rows,
+    inputs: TermInputs,
     token_weight_C: torch.Tensor,
-    valid_C: torch.Tensor,
-    sequences: Sequences | None,
 ) -> Partials:
     """The partials of `sum(token_weight * loss)` by statistic, each [C] or [C, K].
 
@@ -147,7 +158,7 @@ def partials_of(
     Args:
         stats: may be None if all terms have slopes.
     """
-    weight_C = torch.where(valid_C, token_weight_C, 0.0)
+    weight_C = torch.where(inputs.valid_C, token_weight_C, 0.0)
     partials: dict[str, Any] = {}
 
     def add(name: str, grad: torch.Tensor) -> None:
@@ -165,9 +176,7 @@ def partials_of(
             add(name, weight_C * (slope * term.weight))
     if others:
         assert stats is not None
-        for name, grad in _by_autograd(
-            others, stats, rows, weight_C, valid_C, sequences
-        ).items():
+        for name, grad in _by_autograd(others, stats, inputs, weight_C).items():
             add(name, grad)
     if "logp" not in partials:
         partials["logp"] = torch.zeros_like(weight_C)
@@ -175,12 +184,7 @@ def partials_of(
 
 
 def _by_autograd(
-    terms: Sequence[Term],
-    stats: Statistics,
-    rows: Rows,
-    weight_C: torch.Tensor,
-    valid_C: torch.Tensor,
-    sequences: Sequences | None,
+    terms: Sequence[Term], stats: Statistics, inputs: TermInputs, weight_C: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     with torch.enable_grad(), _callers_hooks_left_out():
         leaves: dict[str, Any] = {
@@ -192,14 +196,14 @@ def _by_autograd(
         stats = stats._replace(**leaves)
         loss_C = torch.zeros_like(weight_C)
         for term in terms:
-            loss_C = loss_C + term.weight * _loss(term, stats, rows, sequences)
-        loss = (torch.where(valid_C, loss_C, 0.0) * weight_C).sum()
+            loss_C = loss_C + term.weight * _loss(term, stats, inputs)
+        loss = (torch.where(inputs.valid_C, loss_C, 0.0) * weight_C).sum()
     if not loss.requires_grad:
         return {}
     grads = torch.autograd.grad(loss, [leaves[n] for n in wanted], allow_unused=True)
     # Where a masked row holds an infinite number, autograd gives 0 * inf.
     return {
-        name: masked(grad, valid_C)
+        name: masked(grad, inputs.valid_C)
         for name, grad in zip(wanted, grads, strict=True)
         if grad is not None
     }
@@ -227,9 +231,8 @@ def _callers_hooks_left_out() -> AbstractContextManager[None]:
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def _loss(
-    term: Term, stats: Statistics, rows: Rows, sequences: Sequences | None
-) -> torch.Tensor:
+def _loss(term: Term, stats: Statistics, inputs: TermInputs) -> torch.Tensor:
+    rows, _, sequences = inputs
     with _watched(term, stats, rows):
         if isinstance(term, SequenceTerm):
             assert sequences is not None
@@ -247,8 +250,9 @@ def _loss(
 
 
 def _metrics(
-    term: Term, stats: Statistics, rows: Rows, sequences: Sequences | None
+    term: Term, stats: Statistics, inputs: TermInputs
 ) -> Sequence[torch.Tensor]:
+    rows, _, sequences = inputs
     with _watched(term, stats, rows):
         if isinstance(term, SequenceTerm):
             assert sequences is not None

@@ -2,6 +2,7 @@
 
     logits_Cv = hidden_CD @ weight_vD.T       product 1
     sums of each row                          sweep 1 (and one collective, if sharded)
+    of a JSD, how far it is to the mixture    one more sweep (and collective)
     terms: loss, d loss / d statistics        a few numbers per row, not here
     logits_Cv -> d loss / d logits, in place  sweep 2
     d_hidden_CD = d_logits @ weight           product 2
@@ -26,7 +27,7 @@ import torch
 import torchtitan_liger.head_loss.sweeps as torch_sweeps
 from torchtitan_liger.head_loss.calls import masked
 from torchtitan_liger.head_loss.distillation import Teacher
-from torchtitan_liger.head_loss.evaluate import Metrics
+from torchtitan_liger.head_loss.evaluate import Metrics, TermInputs
 from torchtitan_liger.head_loss.options import HeadLossOptions
 from torchtitan_liger.head_loss.products import (
     WeightGradient,
@@ -36,9 +37,9 @@ from torchtitan_liger.head_loss.products import (
 )
 from torchtitan_liger.head_loss.sequences import Sequences
 from torchtitan_liger.head_loss.statistics import (
+    MIXTURE_SUMS,
     OF_TEACHER,
     Coefficients,
-    Mixture,
     Partials,
     Statistics,
     Sums,
@@ -116,33 +117,6 @@ class Chunk(NamedTuple):
     teacher: Logits | None
 
 
-class Softmax(NamedTuple):
-    """What the sweeps have found out about some tokens, over all columns."""
-
-    sums: Sums
-    mixture: Mixture | None
-
-    @staticmethod
-    def together(parts: Sequence[Softmax]) -> Softmax:
-        """Those of several chunks, one after the other."""
-        if len(parts) == 1:
-            return parts[0]
-        sums = {
-            name: torch.cat([part.sums[name] for part in parts], dim=-1)
-            for name in parts[0].sums
-        }
-        mixtures = [part.mixture for part in parts if part.mixture is not None]
-        mixture = None
-        if mixtures:
-            mixture = Mixture(*map(torch.cat, zip(*mixtures, strict=True)))
-        return Softmax(sums, mixture)
-
-    @property
-    def label_is_largest(self) -> torch.Tensor:
-        """[C] whether no logit is larger; from the logits, of which logarithms round."""
-        return self.sums["label_logit"] >= self.sums["max"]
-
-
 class Passes:
     """One call's buffers and gradients. Call under `no_grad` and without autocast."""
 
@@ -170,8 +144,9 @@ class Passes:
             here = (token_ids >= first) & (token_ids < first + num_columns)
             return torch.where(here, token_ids - first, -1)
 
-        self.valid_N = call.labels_N != options.ignore_index
-        self._column_N = torch.where(self.valid_N, call.labels_N, -1)
+        valid_N = call.labels_N != options.ignore_index
+        self.inputs = TermInputs(call.rows, valid_N, call.sequences)
+        self._column_N = torch.where(valid_N, call.labels_N, -1)
         if shard is not None:
             self._column_N = local(self._column_N)
         self._candidates_NK: torch.Tensor | None = None
@@ -215,7 +190,7 @@ class Passes:
         else:
             # A row without a label must not reach the gradients, whatever it holds:
             # 0 * NaN would.
-            hidden_CD = masked(self._hidden_TD[tokens], self.valid_N[tokens])
+            hidden_CD = masked(self._hidden_TD[tokens], self.inputs.valid_C[tokens])
         buffer_Cv = self._buffers[self._turn][: len(hidden_CD)]
         logits_Cv = torch.mm(hidden_CD, self._weight_vD.t(), out=buffer_Cv)
         teacher = self._teacher_logits(tokens) if self._has_teacher else None
@@ -232,7 +207,7 @@ class Passes:
         elif self.call.all_labeled:
             part = given[tokens]
         else:
-            part = masked(given[tokens], self.valid_N[tokens])
+            part = masked(given[tokens], self.inputs.valid_C[tokens])
         if teacher.weight is not None:
             buffer_Cv = self._teacher_buffers[self._turn][: len(part)]
             part = torch.mm(part, teacher.weight.t(), out=buffer_Cv)
@@ -255,19 +230,19 @@ class Passes:
         )
         return exchange(self._names, packed_kC, self.call.shard)
 
-    def gradients_at_once(self, chunk: Chunk, partials: Partials) -> Softmax:
-        """All that `start`, `softmax` and `gradients` do, in one trip through the logits:
+    def gradients_at_once(self, chunk: Chunk, partials: Partials) -> Sums:
+        """All that `start`, `finish` and `gradients` do, in one trip through the logits:
         for partials by the statistics in `AT_ONCE`, without columns on other ranks."""
-        softmax = Softmax(unpack(self._names, self._empty_sums(chunk)), None)
+        sums = unpack(self._names, self._empty_sums(chunk))
         self._sweeps.both_sweeps(
             chunk.logits_Cv,
             self._column_N[chunk.tokens],
             self._transform,
-            softmax.sums,
-            self.coefficients(partials, softmax, None),
+            sums,
+            self.coefficients(partials, sums, None),
         )
         self._products(chunk)
-        return softmax
+        return sums
 
     def _candidates(self, chunk: Chunk) -> torch.Tensor | None:
         return (
@@ -281,9 +256,9 @@ class Passes:
             count += self._candidates_NK.shape[1] - 1
         return self.call.scale.new_empty(count, len(chunk.hidden_CD))
 
-    def softmax(self, chunk: Chunk, wait: Callable[[], Sums]) -> Softmax:
+    def finish(self, chunk: Chunk, wait: Callable[[], Sums]) -> Sums:
         """The sums over all columns."""
-        sums, mixture = wait(), None
+        sums = wait()
         if "jsd" in self.call.needs:
             assert chunk.teacher is not None
             shares_2C = self._sweeps.mixture_sweep(
@@ -293,27 +268,26 @@ class Passes:
                 sums,
                 self.call.jsd_beta,
             )
-            mixture = Mixture(*add_up(shares_2C, self.call.shard))
-        return Softmax(sums, mixture)
+            kls_2C = add_up(shares_2C, self.call.shard)
+            sums.update(zip(MIXTURE_SUMS, kls_2C, strict=True))
+        return sums
 
-    def statistics(self, softmax: Softmax) -> Statistics:
-        sums, mixture = softmax
+    def statistics(self, sums: Sums) -> Statistics:
         return statistics_of(
-            sums, self.call.needs, self._vocab_size, mixture, self.call.jsd_beta
+            sums, self.call.needs, self._vocab_size, self.call.jsd_beta
         )
 
     def coefficients(
-        self, partials: Partials, softmax: Softmax, statistics: Statistics | None
+        self, partials: Partials, sums: Sums, statistics: Statistics | None
     ) -> Coefficients:
         """
         Args:
-            statistics: those of `softmax`, if they have been computed already.
+            statistics: those of `sums`, if they have been computed already.
         """
         if statistics is None and partials.need_values:
-            statistics = self.statistics(softmax)
-        sums, mixture = softmax
+            statistics = self.statistics(sums)
         return coefficients_of(
-            partials, statistics, sums, self._vocab_size, mixture, self.call.jsd_beta
+            partials, statistics, sums, self._vocab_size, self.call.jsd_beta
         )
 
     def gradients(self, chunk: Chunk, coefficients: Coefficients) -> None:

@@ -11,9 +11,12 @@ import torch
 
 from torchtitan_liger.head_loss.sequences import Sequences
 from torchtitan_liger.head_loss.statistics import Statistics
-from torchtitan_liger.head_loss.terms import Rows, SequenceTerm, Term
+from torchtitan_liger.head_loss.terms import Rows, SequenceTerm, Term, check_choice
 
-KINDS = ("ppo", "cispo", "reinforce")
+PolicyGradientKind = Literal["ppo", "cispo", "reinforce"]
+ReferenceKLKind = Literal["k1", "k2", "k3"]
+PreferenceKind = Literal["dpo", "ipo", "simpo", "orpo"]
+PreferenceLayout = Literal["pairs", "halves"]
 # What terms with advantages report of each token; and those that have a ratio, the token's
 # or its sequence's.
 SAMPLED = ("new_logp", "advantage", "advantage/max", "advantage/min")
@@ -34,7 +37,7 @@ class PolicyGradient(Term):
     GRPO and DAPO are "ppo" with their advantages, bounds and normalizer. With its
     `dual_clip` > 1, a token with A < 0 loses at most `-dual_clip * A` (arXiv:1912.09729).
 
-    With `importance_cap`, tokens are weighted by how much likelier they were under the
+    With `importance_cap` (truncated importance sampling), tokens are weighted by how much likelier they were under the
     policy of `old_logp` than under the one that generated them, a constant of at most the
     cap: min(exp(old_logp - generation_logp), importance_cap). For a weight per sequence
     give `token_weights`.
@@ -48,7 +51,7 @@ class PolicyGradient(Term):
     `generation_logp` with a cap.
     """
 
-    kind: Literal["ppo", "cispo", "reinforce"] = "ppo"
+    kind: PolicyGradientKind = "ppo"
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
@@ -57,10 +60,7 @@ class PolicyGradient(Term):
     name: str = "policy_gradient"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(
-                f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}"
-            )
+        check_choice("kind", self.kind, PolicyGradientKind)
         _check_clip(self.clip_low, self.clip_high)
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
@@ -124,13 +124,12 @@ class ReferenceKL(Term):
     """
 
     weight: float
-    kind: Literal["k1", "k2", "k3"] = "k3"
+    kind: ReferenceKLKind = "k3"
     name: str = "reference_kl"
     inputs = frozenset({"ref_logp"})
 
     def __post_init__(self) -> None:
-        if self.kind not in ("k1", "k2", "k3"):
-            raise ValueError(f"kind must be k1, k2 or k3, got {self.kind!r}")
+        check_choice("kind", self.kind, ReferenceKLKind)
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         d = rows["ref_logp"] - stats.logp
@@ -185,9 +184,6 @@ class SequencePolicyGradient(SequenceTerm):
         return sequences.spread(sequences.mean(stats.logp - rows["old_logp"]))
 
 
-PREFERENCES = ("dpo", "ipo", "simpo", "orpo")
-
-
 @dataclass(frozen=True)
 class Preference(SequenceTerm):
     """Prefer one answer to another: DPO and its family.
@@ -212,23 +208,19 @@ class Preference(SequenceTerm):
     Rows: `ref_logp` for "dpo" and "ipo".
     """
 
-    kind: Literal["dpo", "ipo", "simpo", "orpo"] = "dpo"
+    kind: PreferenceKind = "dpo"
     beta: float = 0.1
     gamma: float = 0.5
-    layout: Literal["pairs", "halves"] = "pairs"
+    layout: PreferenceLayout = "pairs"
     weight: float = 1.0
     name: str = "preference"
     metric_names = ("accuracy", "margin", "chosen", "rejected")
 
     def __post_init__(self) -> None:
-        if self.kind not in PREFERENCES:
-            raise ValueError(
-                f"kind must be one of {', '.join(PREFERENCES)}, got {self.kind!r}"
-            )
+        check_choice("kind", self.kind, PreferenceKind)
+        check_choice("layout", self.layout, PreferenceLayout)
         if not self.beta > 0:
             raise ValueError(f"beta must be positive, got {self.beta}")
-        if self.layout not in ("pairs", "halves"):
-            raise ValueError(f"layout must be pairs or halves, got {self.layout!r}")
 
     @property
     def inputs(self) -> frozenset[str]:

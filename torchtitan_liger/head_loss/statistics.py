@@ -63,6 +63,8 @@ SUMS = (
     "teacher_gap",  # sum_j f_j ((v_j - teacher_max) - (z_j - max))
     "candidate_logits",  # [K, C] like label_logit
 )
+# Of a JSD, with m the mixture: these take a pass of their own, after the others.
+MIXTURE_SUMS = ("student_mixture_kl", "teacher_mixture_kl")  # KL(p | m), KL(q | m)
 
 _ALWAYS = {"max", "sumexp", "label_logit"}
 _TEACHER = {"teacher_max", "teacher_sumexp"}
@@ -140,19 +142,8 @@ def combine(names: Sequence[str], gathered_RkC: torch.Tensor) -> Sums:
     return total
 
 
-class Mixture(NamedTuple):
-    """How far a student's and a teacher's softmax are from `b q + (1-b) p`, each [C]."""
-
-    student_kl: torch.Tensor  # KL(p | mixture)
-    teacher_kl: torch.Tensor  # KL(q | mixture)
-
-
 def statistics_of(
-    sums: Sums,
-    needs: Collection[str],
-    vocab_size: int,
-    mixture: Mixture | None,
-    jsd_beta: float,
+    sums: Sums, needs: Collection[str], vocab_size: int, jsd_beta: float
 ) -> Statistics:
     """What the terms ask for, from sums over all columns."""
     log_sumexp_C = sums["sumexp"].log()
@@ -179,10 +170,8 @@ def statistics_of(
         gap_C = sums["student_gap"] / sums["sumexp"]
         values["kl_rev"] = gap_C - (log_sumexp_C - teacher_log_C)
     if "jsd" in needs:
-        assert mixture is not None
-        values["jsd"] = (
-            jsd_beta * mixture.teacher_kl + (1 - jsd_beta) * mixture.student_kl
-        )
+        student_kl, teacher_kl = (sums[name] for name in MIXTURE_SUMS)
+        values["jsd"] = jsd_beta * teacher_kl + (1 - jsd_beta) * student_kl
     return Statistics(
         logp=(sums["label_logit"] - sums["max"]) - log_sumexp_C,
         lse=lse_C,
@@ -224,7 +213,7 @@ class Coefficients(NamedTuple):
 
         p_j (softmax + log_softmax log p_j + log_teacher log q_j
              + mixture log(m_j / p_j) + square p_j)
-        + teacher q_j + constant + label [j is y] + sum_k candidate_k
+        + teacher q_j + constant + label [j is y] + sum_k candidates_k [j is k]
 
     with p_j = exp(z_j - max) / sumexp, and q_j likewise.
     """
@@ -253,7 +242,6 @@ def coefficients_of(
     values: Statistics | None,
     sums: Sums,
     vocab_size: int,
-    mixture: Mixture | None,
     jsd_beta: float,
 ) -> Coefficients:
     """The gradient by logits from the partials of the loss by statistic.
@@ -293,9 +281,8 @@ def coefficients_of(
         rest["log_softmax"] = partials.kl_rev + rest.get("log_softmax", 0.0)
         rest["log_teacher"] = -partials.kl_rev
     if partials.jsd is not None:
-        assert mixture is not None
         share_C = (1 - jsd_beta) * partials.jsd
-        softmax_C = softmax_C - share_C * mixture.student_kl
+        softmax_C = softmax_C - share_C * sums["student_mixture_kl"]
         rest["mixture"] = -share_C
     if rest.keys() & {"teacher", "log_teacher", "mixture"}:
         rest["teacher_max"] = sums["teacher_max"]

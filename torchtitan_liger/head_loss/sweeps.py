@@ -34,8 +34,8 @@ class Logits(NamedTuple):
 
 # Elements of a block. 2 MiB of float32 lie in the cache of a CPU core; a GPU wants long
 # operations more than short trips.
-BLOCK_ELEMENTS = {"cpu": 2**19}
-BLOCK_ELEMENTS_GPU = 2**23
+CPU_BLOCK_ELEMENTS = 2**19
+GPU_BLOCK_ELEMENTS = 2**23
 
 
 def statistics_sweep(
@@ -98,7 +98,7 @@ def mixture_sweep(
     sums: Sums,
     beta: float,
 ) -> torch.Tensor:
-    """These columns' share of `Mixture`, packed as [2, C].
+    """These columns' share of `MIXTURE_SUMS`, packed as [2, C].
 
     Args:
         sums: over the columns of all ranks.
@@ -177,6 +177,11 @@ def both_sweeps(
         part = logits_Cv[rows], column_C[rows], transform
         statistics_sweep(*part, {name: x[rows] for name, x in sums.items()})
         gradient_sweep(*part, coefficients.part(rows))
+
+
+def scale(grad: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
+    """`out = grad * factor`, with a factor [1] in at least float32."""
+    torch.mul(grad, factor, out=out)
 
 
 def _general_gradient(
@@ -274,6 +279,7 @@ def _scatter(grad: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) ->
 
 def _blocks(logits_Cv: torch.Tensor) -> Iterator[slice]:
     num_rows, num_columns = logits_Cv.shape
-    elements = BLOCK_ELEMENTS.get(logits_Cv.device.type, BLOCK_ELEMENTS_GPU)
+    on_cpu = logits_Cv.device.type == "cpu"
+    elements = CPU_BLOCK_ELEMENTS if on_cpu else GPU_BLOCK_ELEMENTS
     step = max(1, elements // max(1, num_columns))
     return (slice(start, start + step) for start in range(0, num_rows, step))

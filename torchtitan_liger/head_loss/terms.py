@@ -20,15 +20,14 @@ A term of your own is a class with a name, a weight and a loss:
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 
-from torchtitan_liger.head_loss.calls import per_token
 from torchtitan_liger.head_loss.sequences import Sequences
 from torchtitan_liger.head_loss.statistics import (
     OPTIONAL,
@@ -39,6 +38,9 @@ from torchtitan_liger.head_loss.statistics import (
 Rows = Mapping[str, torch.Tensor]
 """Further numbers for each token, [C] or [C, K], by the name under which the caller gave
 them."""
+
+
+SmoothOver = Literal["all", "others"]
 
 
 class Term:
@@ -127,7 +129,7 @@ class CrossEntropy(Term):
 
     label_smoothing: float = 0.0
     weight: float = 1.0
-    smooth_over: Literal["all", "others"] = "all"
+    smooth_over: SmoothOver = "all"
     name: str = "cross_entropy"
 
     def __post_init__(self) -> None:
@@ -135,10 +137,7 @@ class CrossEntropy(Term):
             raise ValueError(
                 f"label_smoothing must be in [0, 1), got {self.label_smoothing}"
             )
-        if self.smooth_over not in ("all", "others"):
-            raise ValueError(
-                f"smooth_over must be all or others, got {self.smooth_over!r}"
-            )
+        check_choice("smooth_over", self.smooth_over, SmoothOver)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -224,7 +223,10 @@ class Collision(Term):
 
 @dataclass(frozen=True)
 class SelfWeighted(Term):
-    """`-p_y log p_y` with `p_y` as a constant weight: confident tokens count more."""
+    """`-p_y log p_y` with `p_y` as a constant weight: confident tokens count more.
+
+    Dynamic fine-tuning (arXiv:2508.05629), Liger-Kernel's `use_token_scaling`.
+    """
 
     weight: float = 1.0
     name: str = "self_weighted"
@@ -237,7 +239,7 @@ class SelfWeighted(Term):
 class Unlikelihood(Term):
     """`-sum_k log(1 - p_k)` over token ids that should not come (arXiv:1908.04319).
 
-    Rows: `candidates`, [C, K] int64 token ids; -1 for none, and twice counts twice. `1 - p_k`
+    Rows: `candidates`, [C, K] int64 or int32 token ids; -1 for none, and twice counts twice. `1 - p_k`
     is held above `floor`, where the gradient ends.
     """
 
@@ -266,6 +268,13 @@ def _log_miss(logp: torch.Tensor) -> torch.Tensor:
     of_likely = (-torch.expm1(torch.where(likely, logp, -1.0))).log()
     of_others = torch.log1p(-torch.where(likely, -1.0, logp).exp())
     return torch.where(likely, of_likely, of_others)
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """ValueError for a value that is not one of the Literal `choices`."""
+    if value not in get_args(choices):
+        wanted = ", ".join(get_args(choices))
+        raise ValueError(f"{name} must be one of {wanted}, got {value!r}")
 
 
 def as_terms(terms: Sequence[Term]) -> tuple[Term, ...]:
@@ -364,37 +373,3 @@ def check_terms(terms: Sequence[Term]) -> None:
     betas = {term.jsd_beta for term in terms if "jsd" in term.needs}
     if len(betas) > 1:
         raise ValueError(f"a head loss has one beta for its JSD, got {sorted(betas)}")
-
-
-def row_inputs_of(
-    given: Mapping[str, torch.Tensor],
-    wanted: Collection[str],
-    labels: torch.Tensor,
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    """What the terms read of each token, flat, in `dtype` if it is no integer.
-
-    Raises:
-        ValueError: for an input that is missing, that no term reads, that is not like
-            the labels, or that wants a gradient.
-    """
-    missing = [name for name in wanted if name not in given]
-    unknown = [name for name in given if name not in wanted]
-    if missing or unknown:
-        raise ValueError(
-            f"the terms read the inputs {', '.join(wanted) or '(none)'}: "
-            f"{', '.join(missing or unknown)} is "
-            f"{'not given' if missing else 'read by none of them'}"
-        )
-    rows = per_token(given, labels, with_extra_dim=("candidates",))
-    if torch.is_grad_enabled() and (
-        learn := [n for n, x in rows.items() if x.requires_grad]
-    ):
-        raise ValueError(
-            f"{', '.join(learn)} would get no gradient from a head loss: detach it. Weights "
-            "of tokens can be learned as token_weights"
-        )
-    return {
-        name: x.detach().to(dtype) if x.is_floating_point() else x.detach()
-        for name, x in rows.items()
-    }

@@ -199,6 +199,8 @@ def gradient_sweep(
 def scale(grad: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
     """`out = grad * factor`; with `out` the same tensor and a factor of one, not a pass.
 
+    torch's own makes a pass also by one, and a slow one to bfloat16.
+
     Args:
         grad: contiguous.
         factor: [1] in at least float32.

@@ -182,7 +182,7 @@ def test_under_autocast_float32_parameters_get_the_float32_sum():
 
 
 @pytest.mark.parametrize("label", [517, 10**9, -1, -101])
-def test_a_label_that_is_no_word_is_an_error_with_value_and_position(label):
+def test_a_label_that_is_no_token_id_is_an_error_with_value_and_position(label):
     problem = Problem()
     labels = problem.labels.clone()
     labels[11] = label
@@ -190,7 +190,7 @@ def test_a_label_that_is_no_word_is_an_error_with_value_and_position(label):
         linear_cross_entropy(problem.hidden, problem.weight, labels)
 
 
-def test_an_unchecked_label_that_is_no_word_makes_the_loss_nan():
+def test_an_unchecked_label_that_is_no_token_id_makes_the_loss_nan():
     problem = Problem()
     problem.labels[11] = 517
     out = HeadLoss()(problem.hidden, problem.weight, problem.labels, check_labels=False)
@@ -206,6 +206,14 @@ def test_an_unchecked_label_that_is_no_word_makes_the_loss_nan():
         ({"labels": torch.zeros(4).to(torch.int16)}, "got torch.int16"),
         ({"weight": torch.zeros(8)}, r"weight must be \[V, D\], got \(8,\)"),
         ({"hidden": torch.zeros(4, 8).bfloat16()}, "bfloat16 and weight is .*float32"),
+        (
+            {"hidden": torch.zeros(4, 8).long()},
+            "hidden must be floating point, got .*int",
+        ),
+        (
+            {"weight": torch.zeros(7, 8).char()},
+            "weight must be floating point, got .*int",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(change, message):

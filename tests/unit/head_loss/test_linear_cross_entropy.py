@@ -285,7 +285,7 @@ def test_logits_of_a_wider_teacher_fit_into_the_budget(monkeypatch):
 
 
 def test_narrow_labels_with_a_far_ignored_index():
-    """In 32 bits, it would be word 0."""
+    """In 32 bits, it would be token id 0."""
     problem = Problem(ignored=0.0)
     problem.labels[::2] = 0
     inputs = problem.hidden, problem.weight

@@ -152,6 +152,8 @@ def test_row_inputs_must_be_like_the_labels():
         HeadLoss()(*call, teacher=Teacher(logits=torch.ones(257, 517)))
     with pytest.raises(ValueError, match=r"must be \(257, 517\), got \(257, 5\)"):
         head(*call, teacher=Teacher(logits=torch.ones(257, 5)))
+    with pytest.raises(ValueError, match="teacher must be floating point, got .*int64"):
+        head(*call, teacher=Teacher(logits=torch.ones(257, 517).long()))
 
 
 def test_a_candidate_beyond_the_vocabulary_is_an_error_or_makes_the_loss_nan():
@@ -295,7 +297,7 @@ def test_a_term_gives_one_metric_for_each_name_and_token(metric):
         HeadLoss([term])(problem.hidden, problem.weight, problem.labels)
 
 
-def test_what_is_no_tensor_of_words_is_an_error():
+def test_what_is_no_tensor_of_token_ids_is_an_error():
     problem = Problem(T=5, D=16, V=101, ignored=0)
     args = problem.hidden, problem.weight, problem.labels
     with pytest.raises(

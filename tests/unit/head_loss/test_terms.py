@@ -61,7 +61,7 @@ def test_on_three_uneven_shards(names, sweeps, chunks, monkeypatch):
 def test_words_that_the_teacher_does_not_have_and_the_student_never_says(
     kind, columns, monkeypatch
 ):
-    """Also where a rank has no other words."""
+    """Also where a rank has no other token ids."""
     g = torch.Generator().manual_seed(5)
     problem = Problem(T=3, D=1, V=40, ignored=0)
     problem.hidden = torch.ones(3, 1, dtype=torch.float64)

@@ -135,6 +135,9 @@ def parse_args() -> argparse.Namespace:
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
     args.overrides = argv[split + 1 :]
+    for config in args.configs:
+        if not config.is_file():
+            parser.error(f"there is no config {config}")
     searching = args.largest is not None
     if not searching and (args.start or args.grid or args.most):
         parser.error("--start, --grid and --most belong to --largest")

@@ -28,7 +28,7 @@ from pathlib import Path
 from environment import ROOT
 from tqdm import tqdm
 
-from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
+from torchtitan_liger.cli import FLAG_OFF, FLAG_ON, read_toml
 from torchtitan_liger.loss_curves import (
     LOG_NAME,
     LogFacts,
@@ -156,6 +156,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
             run.error(f"there is no CONFIG {args.config}")
         if args.steps is not None and args.steps < MIN_STEPS:
             run.error(f"--steps is {args.steps}; {MIN_STEPS} are needed to compare")
+        toml = read_toml([f"--job.config_file={args.config}"])[1]
+        named = [x for x in args.overrides if re.match("--head[_-]loss[.]", x)]
+        if named or toml.get("head_loss"):
+            run.error(
+                f"{named[0] if named else '[head_loss]'} is trained on with the fused loss "
+                "alone: leave it out, to compare the cross entropy"
+            )
         args.output = args.output or Path("outputs", f"compare_{args.config.stem}")
     else:
         if len(args.runs) < 2 or args.overrides:

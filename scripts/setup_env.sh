@@ -125,6 +125,10 @@ _env_setup() {
     for python in ${PYTHON:+"$PYTHON"} ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} \
         ${CONDA_PREFIX:+"$CONDA_PREFIX/bin/python"}; do
         if ! probe=$(_env_probe "$python" "${needed[@]}"); then
+            if [ "$python" = "${PYTHON:-}" ]; then
+                _env_say "PYTHON is $python, which does not run: mend it, or leave it out"
+                return 1
+            fi
             _env_say "$python does not run; using $venv"
             continue
         fi

@@ -18,10 +18,11 @@ SECTIONS: dict[str, type] = {"liger_kernel": LigerKernel, "head_loss": HeadLoss}
 
 
 def check_keys(toml: Mapping[str, Any], path: str) -> None:
-    """Look for keys in the TOML's sections of ours that do not exist.
+    """Look for keys and values in the TOML's sections of ours that do not exist.
 
     Raises:
-        ValueError: with the key, its value, and the nearest key that exists.
+        ValueError: with the key, its value, and the nearest key that exists or what the
+            value must be.
     """
     for name in SECTIONS:
         others = set(toml) - set(SECTIONS)
@@ -53,6 +54,8 @@ def _check_table(table: Any, section: type, name: str, path: str) -> None:
         kind = known[key].type
         if isinstance(kind, type) and is_dataclass(kind):
             _check_table(value, kind, f"{name}.{key}", path)
+        elif wanted := _unlike(value, kind):
+            raise ValueError(f"{path}: {name}.{key} is {value!r}; it must be {wanted}")
 
 
 def check_config_module(argv: Sequence[str], toml: Mapping[str, Any]) -> None:

@@ -150,6 +150,16 @@ def _wants_liger(job: JobConfig) -> bool:
     return settings(job).impl in ("auto", "liger")
 
 
+def _long_validation(job: JobConfig, _: LigerStatus) -> str | None:
+    longest, length = job.training.seq_len, job.validation.seq_len
+    if not job.validation.enable or length <= longest:
+        return None
+    return (
+        f"validation.seq_len is {length}, but the decoder's positions end at "
+        f"training.seq_len = {longest}: use --validation.seq_len {longest}"
+    )
+
+
 def _liger_not_importable(job: JobConfig, liger: LigerStatus) -> str | None:
     if not _wants_liger(job) or liger.importable:
         return None
@@ -232,6 +242,11 @@ RULES = (
         "`liger_kernel.validation = false` with validation, and a softcap or a temperature",
         "refused: torchtitan's validation has neither",
         _transforms_in_stock_validation,
+    ),
+    Rule(
+        "validation on longer sequences than training",
+        "refused: a `--validation.seq_len` of at most that of training",
+        _long_validation,
     ),
     Rule(
         "Liger-Kernel missing, too old or broken",

@@ -39,12 +39,14 @@ _BUILD_FOLDER, _BUILD_FILE = "config-", "_sysconfigdata"
 # Of the 256 values of a hash's first byte: 5 % of the documents.
 _VALIDATION_BYTES = 13
 
+_registered: dict[str, DatasetConfig] = {}
+
 
 def register_datasets(text_field: str = "text") -> None:
     """Add `stdlib`, `stdlib_validation` and `jsonl` to torchtitan's datasets.
 
     Each name works as `training.dataset` and as `validation.dataset`. A second call
-    replaces what the first one registered.
+    replaces what the first one registered; a dataset of yours that has the name stays.
 
     `stdlib` and `stdlib_validation` are disjoint, the same on every machine with the
     same Python, and kept in memory. `dataset_path` may name another folder of sources.
@@ -69,7 +71,9 @@ def register_datasets(text_field: str = "text") -> None:
         "jsonl": ("", partial(_load_jsonl, text_field=text_field)),
     }
     for name, (path, loader) in loaders.items():
-        text_datasets.DATASETS[name] = DatasetConfig(path, loader, itemgetter("text"))
+        if text_datasets.DATASETS.get(name) in (None, _registered.get(name)):
+            config = DatasetConfig(path, loader, itemgetter("text"))
+            text_datasets.DATASETS[name] = _registered[name] = config
 
 
 def build_text_dataloader(

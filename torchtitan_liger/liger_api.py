@@ -87,8 +87,10 @@ class LigerHeadLoss:
     """`HeadLoss` computed by Liger-Kernel's fused linear cross entropy.
 
     Differences from `HeadLoss`: the loss is float32 for any inputs; the gradients are
-    rounded once more where `normalizer` is neither 1 nor this call's number of labels; and
-    Liger waits for the GPU once per call.
+    rounded once more where `normalizer` is neither 1 nor this call's number of labels;
+    beside a z-loss, the terms that are reported, not loss and gradients, have the z-loss
+    rounded to the inputs' dtype; Liger waits for the GPU once per call, has no float16, and
+    overwrites its logits unseen by a selective checkpoint around it that keeps products.
     """
 
     impl = "liger"
@@ -132,7 +134,8 @@ class LigerHeadLoss:
         `reduction`, a teacher, sequences and row inputs.
 
         Raises:
-            ValueError: also for a sharded vocabulary, which Liger does not support.
+            ValueError: also for a sharded vocabulary or products in float16, which Liger
+                does not support.
         """
         if shard is not None:
             raise ValueError(
@@ -150,10 +153,13 @@ class LigerHeadLoss:
         )
         kept_N, scale, all_labeled = kept_rows(call, check_labels, num_labeled)
         call = call._replace(scale=scale)
-        # Where Liger's own reduction is the loss, its gradients need no other factor. Only
-        # float16 cannot hold those of a mean.
+        if call.products_dtype == torch.float16:
+            raise ValueError(
+                "Liger-Kernel rounds its gradients to float16 before the incoming gradient "
+                'scales them to fit: use impl="chunked"'
+            )
+        # Where Liger's own reduction is the loss, its gradients need no other factor.
         is_sum = not isinstance(normalizer, torch.Tensor) and normalizer == 1
-        is_sum = is_sum or call.products_dtype == torch.float16
         hidden_TD = call.hidden_TD
         if kept_N is not None:
             hidden_TD = hidden_TD.index_select(0, kept_N)

@@ -74,6 +74,15 @@ class ReturnHiddenStates:
         finally:
             self.output = head
 
+    def get_attention_masks(self, *args: Any, **kwargs: Any) -> Any:
+        """As the decoder's own; a TypeError where its attention takes none, by which
+        torchtitan's validator knows. Some decoders would make a mask and then refuse it."""
+        model_args: Any = self.model_args  # type: ignore[attr-defined]
+        kind = getattr(model_args, "attn_type", "sdpa")
+        if kind not in ("flex", "varlen"):
+            raise TypeError(f"{kind} attention takes no masks")
+        return super().get_attention_masks(*args, **kwargs)  # type: ignore[misc]
+
 
 def with_hidden_states(decoder: type[nn.Module]) -> type[nn.Module]:
     """The class `decoder` with `return_hidden_states`; its output is an `LMHead`, unless it
@@ -98,7 +107,7 @@ def train_spec(name: str) -> torchtitan_specs.TrainSpec:
     return dataclasses.replace(
         stock,
         model_cls=with_hidden_states(stock.model_cls),
-        model_args={**stock.model_args, **EXTRA_FLAVORS.get(name, {})},
+        model_args={**EXTRA_FLAVORS.get(name, {}), **stock.model_args},
         parallelize_fn=partial(parallelize, stock.parallelize_fn),
         build_dataloader_fn=_build_dataloader,
         build_validator_fn=validator.build,

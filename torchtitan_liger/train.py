@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 
 from torchtitan_liger import device
 from torchtitan_liger.cli import name_config_module, prepare_argv, read_toml
@@ -44,7 +46,27 @@ def _train() -> None:
     check_config_module(sys.argv[1:], toml)
     check_keys(toml, path)
     check_weights(sys.argv[1:], toml, path)
+    check_options()
     torchtitan_main(LigerTrainer)
+
+
+def check_options() -> None:
+    """Have torchtitan's parser look at the command line.
+
+    Raises:
+        ValueError: with what it says. It would exit, and torchrun's last lines not say why.
+    """
+    from torchtitan.config import ConfigManager
+
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            ConfigManager().parse_args()
+    except SystemExit as error:
+        if not error.code:  # --help
+            raise
+        lines = (line.strip(" ╭╮╰╯│─") for line in said.getvalue().splitlines())
+        raise ValueError("\n".join(line for line in lines if line)) from None
 
 
 if __name__ == "__main__":

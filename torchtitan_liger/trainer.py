@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.tools.logging import logger
@@ -209,13 +210,23 @@ class LigerTrainer(Trainer):
             )
 
     def train(self) -> None:
-        """As torchtitan's; says at the end how often the fused loss ran."""
+        """As torchtitan's; says at the end how often the fused loss ran.
+
+        Raises:
+            RuntimeError: for a checkpoint that cannot be loaded or saved.
+        """
         if self.head_loss_plan.enabled and self.head_loss_plan.preflight:
             self._preflight()
-        super().train()
+        try:
+            super().train()
+        except CheckpointException as error:  # no Exception: torchrun would not show it
+            raise RuntimeError(explain_checkpoint(error)) from error
         plan, calls = self.head_loss_plan, 0
         if plan.enabled:
             calls = self.lm_head.num_fused_calls
+            if not calls:
+                steps = self.job_config.training.steps
+                logger.warning(f"No step was left to train: training.steps is {steps}")
         logger.info(f"The LM head computed {calls} losses without logits ({plan.impl})")
 
     def _preflight(self) -> None:
@@ -280,6 +291,19 @@ class LigerTrainer(Trainer):
                 f"liger_kernel.logits_memory_mib is {budget}, but {impl} has no smaller "
                 f"chunk than this{other}"
             )
+
+
+def explain_checkpoint(error: CheckpointException) -> str:
+    """What went wrong, and the way out where a finished run is to go on."""
+    reasons = {str(reason): None for reason, _ in error.failures.values()}
+    text = "; ".join(reasons)
+    if "Missing key in checkpoint" in text:
+        text += (
+            " The last checkpoint of a finished run holds the model alone: go on from an "
+            "earlier one (--checkpoint.load_step N), or train with "
+            "--checkpoint.no-last_save_model_only"
+        )
+    return text
 
 
 def shard_rows(

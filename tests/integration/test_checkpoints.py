@@ -30,7 +30,14 @@ FUSED, STOCK = (FLAG,), ()
 TP = "--parallelism.tensor_parallel_degree=2"
 
 
-def train(folder: Path, steps: int, *args: str, ngpu: int = 1, tb: str = "tb") -> str:
+def train(
+    folder: Path,
+    steps: int,
+    *args: str,
+    ngpu: int = 1,
+    tb: str = "tb",
+    expected: int = 0,
+) -> str:
     run = run_training(
         *SMALL,
         f"--job.dump_folder={folder}",
@@ -39,7 +46,7 @@ def train(folder: Path, steps: int, *args: str, ngpu: int = 1, tb: str = "tb") -
         *args,
         ngpu=ngpu,
     )
-    assert run.returncode == 0, run.stdout[-4000:]
+    assert run.returncode == expected, run.stdout[-4000:]
     return run.stdout
 
 
@@ -75,6 +82,17 @@ def test_a_fused_training_resumes_bit_for_bit(tmp_path):
     whole, cut = (read_tensorboard(tmp_path / name) for name in ("whole", "cut"))
     assert whole[LOSS] == cut[LOSS]
     assert whole[GRAD_NORM] == cut[GRAD_NORM]
+
+
+def test_a_finished_training_says_how_to_go_on(tmp_path):
+    train(tmp_path, 3, *FUSED)
+    assert "No step was left to train: training.steps is 3" in train(
+        tmp_path, 3, *FUSED
+    )
+    train(tmp_path, 4, *FUSED, "--checkpoint.last_save_model_only")
+    last_lines = train(tmp_path, 5, *FUSED, expected=1)[-1500:]
+    assert "Missing key in checkpoint state_dict: dataloader" in last_lines
+    assert "(--checkpoint.load_step N)" in last_lines
 
 
 def test_fsdp_and_fused_then_tensor_parallel_and_stock(tmp_path):

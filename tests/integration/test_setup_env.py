@@ -52,6 +52,13 @@ def test_an_environment_that_is_gone_is_explained(shell, repo, tmp_path):
     assert "gone/bin/python does not run; using" in done.stderr
 
 
+def test_an_interpreter_that_is_named_has_to_run(shell, repo, tmp_path):
+    done = shell(repo / "run_train.sh", PYTHON=tmp_path / "gone")
+    assert done.returncode != 0
+    assert f"PYTHON is {tmp_path}/gone, which does not run" in done.stderr
+    assert shell.installs == []
+
+
 def test_sourcing_leaves_nothing_behind_but_python(shell, repo, run_env):
     script = (
         "names() { compgen -A function; compgen -v | grep -vx -e _ -e PIPESTATUS; }\n"

@@ -208,6 +208,13 @@ def trials(column):
     return [(row["impl"], int(row[column]), row["result"]) for row in rows()]
 
 
+def test_a_config_that_is_not_there_is_named_before_any_run(bench, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench("nowhere.toml")
+    assert "there is no config nowhere.toml" in capsys.readouterr().err
+    assert not Path("calls").exists()
+
+
 def test_a_row_for_each_implementation(bench):
     assert bench("--impl", "stock", "liger", "--steps", "4", "--warmup", "1") == 0
     assert calls() == ["stock 8 64", "liger 8 64"]

@@ -23,6 +23,13 @@ def test_an_unknown_key_is_named_with_its_value_and_its_neighbour():
         check_keys({"liger_kernel": True}, "a.toml")
     with pytest.raises(ValueError, match="no key zzz .*logits_memory_mib"):
         check_keys({"liger_kernel": {"zzz": 1}}, "a.toml")
+    flag = {"enable_fused_linear_cross_entropy": "yes"}
+    with pytest.raises(ValueError, match=r"a.toml: .* is 'yes'; it must be true or"):
+        check_keys({"liger_kernel": flag}, "a.toml")
+    with pytest.raises(
+        ValueError, match=r"head_loss.z_loss.weight is '1'; .* a number"
+    ):
+        check_keys({"head_loss": {"z_loss": {"weight": "1"}}}, "a.toml")
 
 
 FLAG = "--liger_kernel.enable_fused_linear_cross_entropy"

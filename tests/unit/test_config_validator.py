@@ -164,6 +164,13 @@ def test_a_converter_of_other_layers_is_none_of_our_business():
     assert resolve(job("--model.converters=quantize.grouped_mm.float8"), GPU).enabled
 
 
+def test_validation_is_on_sequences_that_the_decoder_has_positions_for():
+    lengths = ("--training.seq_len=64", "--validation.seq_len=128")
+    assert resolve(job(*lengths), GPU).enabled
+    with pytest.raises(ValueError, match="use --validation.seq_len 64"):
+        resolve(job(*lengths, "--validation.enable"), GPU)
+
+
 def test_a_budget_that_the_reference_ignores_is_said():
     args = "--liger_kernel.impl=reference", "--liger_kernel.logits_memory_mib=64"
     plan = resolve(job(*args), GPU)
@@ -177,7 +184,7 @@ def test_the_readme_has_the_table_and_each_row_a_test_above():
     assert support_table() in (ROOT / "README.md").read_text()
     # A new row needs a new test: for the third one see test_parallelize, for the fourth
     # test_trainer and test_lm_head.
-    assert len(RULES) == 14
+    assert len(RULES) == 15
 
 
 @pytest.mark.parametrize("term", ["gspo", "preference"])

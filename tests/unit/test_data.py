@@ -13,7 +13,7 @@ import pytest
 import torch
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
-from torchtitan.hf_datasets import text_datasets
+from torchtitan.hf_datasets import DatasetConfig, text_datasets
 
 import torchtitan_liger.data
 from torchtitan_liger.data import (
@@ -184,6 +184,13 @@ def test_the_text_field_may_have_another_name(tmp_path: Path) -> None:
     assert load("jsonl", path) == ["story"]
     register_datasets()
     assert load("jsonl", path) == ["title"]
+
+
+def test_a_dataset_of_ones_own_stays() -> None:
+    own = DatasetConfig("", lambda path: [], lambda sample: "mine")
+    text_datasets.DATASETS["jsonl"] = own
+    register_datasets(text_field="body")
+    assert text_datasets.DATASETS["jsonl"] is own
 
 
 def test_no_progress_bar_goes_into_a_log(

@@ -168,7 +168,7 @@ def test_a_smoothed_cross_entropy_has_no_perplexity():
         ("head_loss.logit_softcap", -1, r"must be 0 \(off\) or positive, got -1"),
         ("head_loss.z_loss.weight", -1e-4, "must be at least 0 .*got -0.0001"),
         ("head_loss.cross_entropy.label_smoothing", 1, r"in \[0, 1\), got 1"),
-        ("head_loss.focal.gamma", -1, "must be at least 0, got -1"),
+        ("head_loss.focal.gamma", -1, "must be at least 0 and finite, got -1"),
         ("head_loss.unlikelihood.floor", 1, r"must be in \[0, 1\), got 1"),
         ("head_loss.policy_gradient.clip_low", 2, r"must be in \[0, 1\] .*got 2"),
         ("head_loss.policy_gradient.dual_clip", 1, "must be above 1, got 1"),

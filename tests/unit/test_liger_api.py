@@ -57,6 +57,12 @@ def test_liger_is_as_exact_as_full_logits(settings, dtype, reduction):
         assert error <= max(2 * stock[name], floor), (name, ours, stock)
 
 
+def test_float16_is_refused():
+    problem = Problem(T=5, D=16, V=11)
+    with pytest.raises(ValueError, match='float16 before .* use impl="chunked"'):
+        problem.run(liger_loss(), torch.float16, DEVICE)
+
+
 def test_normalizer_and_incoming_gradient_scale_loss_and_gradients():
     problem = Problem(T=37, D=16, V=101).rounded(torch.float32)
     once = problem.run(liger_loss(), torch.float32, DEVICE)

@@ -235,12 +235,18 @@ def test_bounds_are_options(command):
     [
         (["run", "nowhere.toml"], "there is no CONFIG nowhere.toml"),
         (["run", "job.toml", "--steps=3"], "--steps is 3; 5 are needed"),
+        (
+            ["run", "job.toml", "--", "--head-loss.z-loss.weight=1"],
+            "--head-loss.z-loss",
+        ),
+        (["run", "terms.toml"], "[head_loss] is trained on with the fused loss alone"),
         (["read", "one"], "name two runs or more"),
         (["read", "one", "two"], "there is no run at one"),
         ([], "required: command"),
     ],
 )
 def test_wrong_arguments_exit_with_2(command, capfd, args, message):
+    Path("terms.toml").write_text("[head_loss.z_loss]\nweight = 1e-4\n")
     try:
         code, output = command(*args)
     except SystemExit as stop:  # argparse

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import importlib
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
+from torchtitan.components.validate import Validator
 from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols import train_spec as torchtitan_specs
 from torchtitan.protocols.train_spec import TrainSpec
 
 from tests.conftest import HAS_GPU
@@ -136,6 +141,31 @@ def test_another_head_stays_as_it_is(head):
     assert model.output is head
     assert torch.equal(model(hidden, return_hidden_states=True), hidden)
     assert torch.equal(model(hidden), head(hidden))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_validation_makes_masks_where_attention_takes_them(
+    name, attention, monkeypatch
+):
+    decoder = stock_spec(name).model_cls
+    monkeypatch.setattr(decoder, "get_attention_masks", lambda *_, **__: "masks")
+    model = build(name, ours=True)
+    model.model_args.attn_type = attention
+    validator = SimpleNamespace(tokenizer=None, parallel_dims=ParallelDims)
+    monkeypatch.setattr(ParallelDims, "cp_enabled", False)
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    *_, found = Validator.post_dataloading_process(
+        validator, {"input": tokens}, tokens, [model]
+    )
+    assert found == ({"attention_masks": "masks"} if attention == "flex" else {})
+
+
+def test_a_flavor_of_ones_own_wins(monkeypatch):
+    own = replace(train_spec("llama3").model_args["1.2B"], dim=64)
+    monkeypatch.setattr(torchtitan_specs, "_extra_train_specs", {})
+    monkeypatch.setitem(stock_spec("llama3").model_args, "1.2B", own)
+    assert train_spec("llama3").model_args["1.2B"].dim == 64
 
 
 def test_decoders_keep_their_names():

@@ -188,6 +188,15 @@ def check_integers(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} must be int64 or int32, got {tensor.dtype}")
 
 
+def check_floats(name: str, dtype: torch.dtype) -> None:
+    """
+    Raises:
+        ValueError: for a dtype that has no products, or no gradients.
+    """
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name} must be float64, 32 or 16, or bfloat16, got {dtype}")
+
+
 def masked(x: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
     """Numbers [N] or [N, K] with zeros where tokens are not valid; other tensors as is."""
     if not x.is_floating_point():
@@ -268,9 +277,8 @@ def _check_tensors(
                 f"{name} is a DTensor; pass its local tensor, with "
                 "`shard=VocabShard(...)` for a weight whose vocabulary is sharded"
             )
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+    check_floats("hidden", hidden.dtype)
+    check_floats("weight", weight.dtype)
     if weight.ndim != 2:
         raise ValueError(f"weight must be [V, D], got {tuple(weight.shape)}")
     if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from torchtitan_liger.head_loss.calls import check_floats
 from torchtitan_liger.head_loss.statistics import Statistics
 from torchtitan_liger.head_loss.terms import Rows, Term, check_choice
 
@@ -61,8 +62,7 @@ class Teacher:
             ValueError: where its dtypes or shapes do not fit to labels of shape `leading` and a
                 head with `num_columns`.
         """
-        if not self.dtype.is_floating_point:
-            raise ValueError(f"the teacher must be floating point, got {self.dtype}")
+        check_floats("the teacher", self.dtype)
         if self.logits is not None:
             expected, got = (*leading, num_columns), tuple(self.logits.shape)
             if got != expected:

@@ -42,7 +42,7 @@ class HeadLossOptions:
             if field.type == "float" and not (
                 isinstance(value, int | float) and math.isfinite(value)
             ):
-                raise ValueError(f"{field.name} must be a finite number, got {value}")
+                raise ValueError(f"{field.name} must be a finite number, got {value!r}")
         if (
             type(self.ignore_index) is not int
             or not -(2**63) <= self.ignore_index < 2**63

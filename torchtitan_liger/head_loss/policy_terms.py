@@ -219,8 +219,10 @@ class Preference(SequenceTerm):
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, PreferenceKind)
         check_choice("layout", self.layout, PreferenceLayout)
-        if not self.beta > 0:
-            raise ValueError(f"beta must be positive, got {self.beta}")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta must be finite and positive, got {self.beta}")
+        if not math.isfinite(self.gamma):
+            raise ValueError(f"gamma must be a finite number, got {self.gamma}")
 
     @property
     def inputs(self) -> frozenset[str]:

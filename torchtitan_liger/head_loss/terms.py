@@ -20,7 +20,7 @@ A term of your own is a class with a name, a weight and a loss:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Real
 from types import MappingProxyType
@@ -184,8 +184,8 @@ class Focal(Term):
     name: str = "focal"
 
     def __post_init__(self) -> None:
-        if not self.gamma >= 0:
-            raise ValueError(f"gamma must be at least 0, got {self.gamma}")
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma must be at least 0 and finite, got {self.gamma}")
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         # 1 - p without cancellation; at p = 1 a fraction's power has no slope.
@@ -336,7 +336,7 @@ def check_terms(terms: Sequence[Term]) -> None:
             raise ValueError(
                 f"a head loss is a sum of terms such as CrossEntropy(), got {term!r}"
             )
-        if isinstance(term.needs, str) or isinstance(term.inputs, str):
+        if not (isinstance(term.needs, Set) and isinstance(term.inputs, Set)):
             raise ValueError(f"`needs` and `inputs` of {term} must be sets of names")
     names = [getattr(term, "name", None) for term in terms]
     if None in names:

@@ -208,11 +208,11 @@ def test_an_unchecked_label_that_is_no_token_id_makes_the_loss_nan():
         ({"hidden": torch.zeros(4, 8).bfloat16()}, "bfloat16 and weight is .*float32"),
         (
             {"hidden": torch.zeros(4, 8).long()},
-            "hidden must be floating point, got .*int",
+            "hidden must be float64, .*got .*int64",
         ),
         (
             {"weight": torch.zeros(7, 8).char()},
-            "weight must be floating point, got .*int",
+            "weight must be float64, .*got .*int8",
         ),
     ],
 )

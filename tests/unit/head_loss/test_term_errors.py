@@ -56,6 +56,7 @@ def own(**attributes):
             ),
             "slopes by logp_k",
         ),
+        (lambda: HeadLoss([own(needs=("entropy",))]), "must be sets of names"),
         (lambda: HeadLoss([own(weight="1")]), "must be a finite number, got 1"),
         (lambda: HeadLoss([own(weight=None)]), "must be a finite number, got None"),
         (lambda: HeadLoss([own(needs="entropy")]), "must be sets of names"),
@@ -75,7 +76,7 @@ def own(**attributes):
             "metrics of different names",
         ),
         (lambda: HeadLoss([type("Own", (Term,), {"weight": 1.0})()]), "needs a name"),
-        (lambda: Focal(float("nan")), "at least 0, got nan"),
+        (lambda: Focal(float("nan")), "at least 0 and finite, got nan"),
         (lambda: Unlikelihood(floor=1.0), r"in \[0, 1\), got 1.0"),
         (lambda: PolicyGradient(dual_clip=float("nan")), "above 1, got nan"),
         (lambda: PolicyGradient(importance_cap=float("nan")), "positive, got nan"),
@@ -110,8 +111,11 @@ def own(**attributes):
         (Teacher, "either logits, or hidden and weight"),
         (lambda: Teacher(logits=torch.ones(1), temperature=0.0), "positive, got 0.0"),
         (lambda: CrossEntropy(1.0), r"in \[0, 1\), got 1.0"),
-        (lambda: Focal(-1.0), "at least 0, got -1.0"),
+        (lambda: Focal(-1.0), "at least 0 and finite, got -1.0"),
+        (lambda: Focal(float("inf")), "and finite, got inf"),
         (lambda: Preference("kto"), "got 'kto'"),
+        (lambda: Preference("simpo", beta=float("inf")), "beta must be .*got inf"),
+        (lambda: Preference("simpo", gamma=float("nan")), "gamma must be .*got nan"),
         (lambda: PolicyGradient(dual_clip=0.5), "above 1, got 0.5"),
         (lambda: HeadLoss(options={"temperature": 2}), "must be HeadLossOptions, got"),
         (
@@ -152,7 +156,7 @@ def test_row_inputs_must_be_like_the_labels():
         HeadLoss()(*call, teacher=Teacher(logits=torch.ones(257, 517)))
     with pytest.raises(ValueError, match=r"must be \(257, 517\), got \(257, 5\)"):
         head(*call, teacher=Teacher(logits=torch.ones(257, 5)))
-    with pytest.raises(ValueError, match="teacher must be floating point, got .*int64"):
+    with pytest.raises(ValueError, match="teacher must be float64, .*int64"):
         head(*call, teacher=Teacher(logits=torch.ones(257, 517).long()))
 
 

@@ -125,6 +125,14 @@ def test_an_unknown_key_in_the_toml_is_explained(tmp_path):
     )
 
 
+def test_an_unknown_option_is_in_the_last_lines(tmp_path):
+    run = run_command(ROOT / "run_train.sh", "--liger_kernel.impll=auto", cwd=tmp_path)
+    assert run.returncode != 0
+    error = run.stdout[run.stdout.rindex("ValueError: ") :]
+    assert "Unrecognized options: --liger_kernel.impll=auto" in error
+    assert "--liger-kernel.impl {auto,liger,chunked,reference}" in error
+
+
 @pytest.fixture(scope="module")
 def without_liger(tmp):
     """A Python path with everything but liger-kernel: code and metadata."""

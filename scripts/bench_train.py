@@ -25,7 +25,6 @@ again.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import shlex
@@ -39,7 +38,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from environment import ROOT
-from provenance import heading, result_file
+from provenance import result_file
+from train_table import COLUMNS, Row, Table
 
 from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
 from torchtitan_liger.loss_curves import (
@@ -51,24 +51,6 @@ from torchtitan_liger.loss_curves import (
 
 MFU = "mfu(%)"
 IMPLS = ("stock", "liger", "chunked", "reference")
-COLUMNS = (
-    "config",
-    "layout",
-    "impl",
-    "gpus",
-    "seq len",
-    "batch",
-    "steps",
-    "tokens/s per device",
-    "MFU %",
-    "peak GiB",
-    "first loss",
-    "last loss",
-    "first grad norm",
-    "result",
-)
-# `search` names the size that a trial belongs to; the heading shows the arguments.
-CSV_COLUMNS = (*COLUMNS, "arguments", "search")
 SEARCH_COLUMN = {"seq": "seq len", "batch": "batch"}
 GRID = {"seq": 2048, "batch": 1}
 START = {"seq": 8192, "batch": 1}
@@ -84,8 +66,6 @@ NO_MEMORY = re.compile(
 SIZES = re.compile(r"local batch size (\d+),.* sequence length (\d+),")
 # Of any rank.
 PEAK_MEMORY = re.compile(r"step: *\d+ .*memory: *([\d.]+)GiB")
-
-Row = dict[str, str]
 
 
 class TrialError(Exception):
@@ -350,60 +330,6 @@ def read_log(log: str, warmup: int) -> Row:
             mfu = statistics.median(curves[MFU][s] for s in measured)
             row |= {"tokens/s per device": f"{speed:.0f}", "MFU %": f"{mfu:.1f}"}
     return row
-
-
-# --- The table -----------------------------------------------------------------------
-
-
-class Table:
-    """The rows of this command, below those that the files have from earlier ones."""
-
-    def __init__(self, output: Path | None) -> None:
-        self.output = output
-        self.rows: list[Row] = []
-        self.notes: list[str] = []
-        self.earlier_text = ""
-        self.earlier_rows: list[Row] = []
-        if output and output.exists():
-            self.earlier_text = output.read_text() + "\n"
-            with open(output.with_suffix(".csv"), newline="") as file:
-                reader = csv.DictReader(file)
-                if tuple(reader.fieldnames or ()) != CSV_COLUMNS:
-                    raise SystemExit(
-                        f"{file.name} has other columns than this command writes: "
-                        "choose another --output"
-                    )
-                self.earlier_rows = list(reader)
-
-    @property
-    def all_rows(self) -> list[Row]:
-        return self.earlier_rows + self.rows
-
-    def add(self, row: Row) -> None:
-        row = dict.fromkeys(CSV_COLUMNS, "") | row
-        self.rows.append(row)
-        print("   ", *(f"{c}: {row[c]}" for c in COLUMNS[3:]), sep="  ", flush=True)
-        self.write()
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-        print(text, flush=True)
-        self.write()
-
-    def write(self) -> None:
-        if not self.output:
-            return
-        self.output.write_text(f"{self.earlier_text}{heading()}\n{self.markdown()}")
-        with open(self.output.with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.all_rows)
-
-    def markdown(self) -> str:
-        lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-        lines += ["| " + " | ".join(r[c] for c in COLUMNS) + " |" for r in self.rows]
-        lines += ["", *(f"- {note}" for note in self.notes)] if self.notes else []
-        return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

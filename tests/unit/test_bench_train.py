@@ -181,7 +181,7 @@ def bench(script, tmp_path, monkeypatch, capfd):
     stub.chmod(0o755)
     (tmp_path / "job.toml").touch()
     monkeypatch.setattr(script, "ROOT", stub.parent)
-    monkeypatch.setattr(script, "heading", lambda: "HEADING\n")
+    monkeypatch.setattr(sys.modules["train_table"], "heading", lambda: "HEADING\n")
     monkeypatch.setenv("STUB_CALLS", str(tmp_path / "calls"))
     monkeypatch.delenv("NGPU", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -208,10 +208,10 @@ def trials(column):
     return [(row["impl"], int(row[column]), row["result"]) for row in rows()]
 
 
-def test_a_config_that_is_not_there_is_named_before_any_run(bench, capsys):
+def test_a_config_that_is_not_there_is_named_before_any_run(bench, capfd):
     with pytest.raises(SystemExit, match="2"):
         bench("nowhere.toml")
-    assert "there is no config nowhere.toml" in capsys.readouterr().err
+    assert "there is no config nowhere.toml" in capfd.readouterr().err
     assert not Path("calls").exists()
 
 

@@ -77,7 +77,7 @@ def command(script, tmp_path, monkeypatch, capfd):
     root.mkdir()
     (root / "run_train.sh").write_text(STUB)
     (root / "run_train.sh").chmod(0o755)
-    monkeypatch.setattr(script, "ROOT", root)
+    monkeypatch.setattr(sys.modules["curve_runs"], "ROOT", root)
     # Drawing takes a second, and has its own tests.
     monkeypatch.setattr(script, "draw", lambda _, *paths: [p.touch() for p in paths])
     monkeypatch.setenv("STUB", str(root))

@@ -29,13 +29,13 @@ ngpu=${NGPU:-$((gpus > 0 ? gpus : 1))}
 
 help="" config_named="" previous=""
 for arg in "$@"; do
-    named=""
-    case $previous in --job.config_file | --job.config-file) named=$arg ;; esac
+    found="" named=""
+    case $previous in --job.config_file | --job.config-file) found=yes named=$arg ;; esac
     case $arg in
         -h | --help) help=yes ;;
-        --job.config_file=* | --job.config-file=*) named=${arg#*=} ;;
+        --job.config_file=* | --job.config-file=*) found=yes named=${arg#*=} ;;
     esac
-    if [ -n "$named" ] && [ -z "$config_named" ]; then config=$named config_named=yes; fi
+    if [ -n "$found" ] && [ -z "$config_named" ]; then config=$named config_named=yes; fi
     previous=$arg
 done
 # Without a value it is for the program to refuse.

@@ -151,8 +151,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         named = [x for x in args.overrides if re.match("--head[_-]loss[.]", x)]
         if named or toml.get("head_loss"):
             run.error(
-                f"{named[0] if named else '[head_loss]'} is trained on with the fused loss "
-                "alone: leave it out, to compare the cross entropy"
+                "the run with the fused loss off cannot train on "
+                f"{named[0] if named else '[head_loss]'}: leave it out"
             )
         args.output = args.output or Path("outputs", f"compare_{args.config.stem}")
     else:

@@ -126,7 +126,8 @@ _env_setup() {
         ${CONDA_PREFIX:+"$CONDA_PREFIX/bin/python"}; do
         if ! probe=$(_env_probe "$python" "${needed[@]}"); then
             if [ "$python" = "${PYTHON:-}" ]; then
-                _env_say "PYTHON is $python, which does not run: mend it, or leave it out"
+                _env_say "PYTHON is $python, which does not run as a Python 3: correct it, or" \
+                    "unset it"
                 return 1
             fi
             _env_say "$python does not run; using $venv"

@@ -140,7 +140,7 @@ def _unlike(value: Any, kind: Any) -> str | None:
     if kind is int:
         return None if type(value) is int else "a whole number"
     is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return None if is_number else "a number"
+    return None if is_number else "a finite number"
 
 
 @contextmanager

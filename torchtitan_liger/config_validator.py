@@ -35,8 +35,8 @@ def liger_here() -> LigerStatus:
 class Rule:
     """When a job cannot have what it asks for.
 
-    `reason` gives None when the rule does not apply, else the reason and a way out. By
-    default: it does not show before the trainer is built.
+    `reason` gives None when the rule does not apply, else the reason and a way out. The
+    default never applies: such a job is refused later, when the trainer is built.
     """
 
     topic: str
@@ -141,23 +141,24 @@ def _transforms_in_stock_validation(job: JobConfig, _: LigerStatus) -> str | Non
         return None
     return (
         "liger_kernel.validation = false leaves the validation loss to torchtitan, which "
-        f"has no softcap and no temperature, but {head_loss_settings(job)}: leave it out, or let the "
-        "head validate (--liger_kernel.validation)"
+        f"has no softcap and no temperature, but {head_loss_settings(job)}: leave it out, "
+        "or let the head validate (--liger_kernel.validation)"
     )
-
-
-def _wants_liger(job: JobConfig) -> bool:
-    return settings(job).impl in ("auto", "liger")
 
 
 def _long_validation(job: JobConfig, _: LigerStatus) -> str | None:
     longest, length = job.training.seq_len, job.validation.seq_len
-    if not job.validation.enable or length <= longest:
+    is_bounded = hasattr(model_args(job), "max_seq_len")
+    if not (job.validation.enable and is_bounded and length > longest):
         return None
     return (
         f"validation.seq_len is {length}, but the decoder's positions end at "
         f"training.seq_len = {longest}: use --validation.seq_len {longest}"
     )
+
+
+def _wants_liger(job: JobConfig) -> bool:
+    return settings(job).impl in ("auto", "liger")
 
 
 def _liger_not_importable(job: JobConfig, liger: LigerStatus) -> str | None:
@@ -296,10 +297,10 @@ def resolve(job: JobConfig, liger: LigerStatus | None = None) -> HeadLossPlan:
     """
     plan = _requested(job)
     if not plan.enabled:
-        if head_loss_settings(job):
+        if ignored := head_loss_settings(job):
             raise ValueError(
-                f"{head_loss_settings(job)}, which torchtitan's own loss would ignore: turn the "
-                f"fused loss on ({FLAG_ON}), or leave this out"
+                f"{ignored}, which torchtitan's own loss would ignore: turn the fused loss "
+                f"on ({FLAG_ON}), or leave this out"
             )
         unused = listed(changes(settings(job), "liger_kernel"))
         return replace(plan, warning=unused and f"{unused}: unused without {FLAG_ON}")

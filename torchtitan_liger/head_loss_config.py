@@ -83,7 +83,7 @@ def _term(name: str, table: Any) -> Term | None:
     settings = changes(table, key)
     if table.weight is None:
         if settings:
-            raise without_weight(listed(settings), name)
+            raise without_weight(listed(dict([*settings.items()][:1])), name)
         return None
     if table.weight < 0:
         raise ValueError(
@@ -94,8 +94,8 @@ def _term(name: str, table: Any) -> Term | None:
         kinds = READ_BY.get(setting)
         if kinds and table.kind not in kinds:
             raise ValueError(
-                f"{setting} = {value} does nothing with {key}.kind = {table.kind}: leave it out, or "
-                f"choose the kind {' or '.join(kinds)}"
+                f"{setting} = {value} does nothing with {key}.kind = {table.kind}: leave it "
+                f"out, or choose the kind {' or '.join(kinds)}"
             )
     with keys_of(key):
         return TERMS[name](**vars(table))

@@ -151,13 +151,13 @@ class LigerHeadLoss:
             ignore_index=self.options.ignore_index,
             check_labels=check_labels,
         )
-        kept_N, scale, all_labeled = kept_rows(call, check_labels, num_labeled)
-        call = call._replace(scale=scale)
         if call.products_dtype == torch.float16:
             raise ValueError(
                 "Liger-Kernel rounds its gradients to float16 before the incoming gradient "
                 'scales them to fit: use impl="chunked"'
             )
+        kept_N, scale, all_labeled = kept_rows(call, check_labels, num_labeled)
+        call = call._replace(scale=scale)
         # Where Liger's own reduction is the loss, its gradients need no other factor.
         is_sum = not isinstance(normalizer, torch.Tensor) and normalizer == 1
         hidden_TD = call.hidden_TD

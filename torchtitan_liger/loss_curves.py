@@ -219,10 +219,6 @@ _ERROR = re.compile(
     r"(?:^|\s)((?:[A-Za-z_]\w*\.)*\w*(?:Error|Exception|Interrupt)(?::\s.*)?"
     r"|Signal \d+ \(\w+\) received by PID \d+)$"
 )
-# tyro's, in a box.
-_OPTION = re.compile(
-    r"│ ((?:Unrecognized options|Error parsing|invalid choice).*?)\s*│$"
-)
 # torchrun's own, after the one that caused it.
 _CONSEQUENCE = "ChildFailedError"
 
@@ -254,7 +250,7 @@ class _LogParser:
     def feed(self, line: str) -> None:
         match = _RANK.search(line)
         rank = match[1] if match else ""
-        if match := _ERROR.search(line) or _OPTION.search(line):
+        if match := _ERROR.search(line):
             if not self.facts.error and _CONSEQUENCE not in line:
                 self.facts = replace(self.facts, error=match[1][:500])
         elif self.rank not in (None, rank):

@@ -65,8 +65,12 @@ def check_options() -> None:
     except SystemExit as error:
         if not error.code:  # --help
             raise
-        lines = (line.strip(" ╭╮╰╯│─") for line in said.getvalue().splitlines())
-        raise ValueError("\n".join(line for line in lines if line)) from None
+        before, corner, box = said.getvalue().partition("╭")
+        sys.stderr.write(before)
+        lines = (line.strip(" ╮╰╯│─") for line in box.splitlines())
+        title, *others = filter(None, lines) if corner else (before,)
+        raise ValueError("\n".join(others) or title) from None
+    sys.stderr.write(said.getvalue())  # of a config module, which is read once
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -224,8 +225,8 @@ class LigerTrainer(Trainer):
         plan, calls = self.head_loss_plan, 0
         if plan.enabled:
             calls = self.lm_head.num_fused_calls
-            if not calls:
-                steps = self.job_config.training.steps
+            steps = self.job_config.training.steps
+            if not calls and self.step >= steps:
                 logger.warning(f"No step was left to train: training.steps is {steps}")
         logger.info(f"The LM head computed {calls} losses without logits ({plan.impl})")
 
@@ -295,9 +296,12 @@ class LigerTrainer(Trainer):
 
 def explain_checkpoint(error: CheckpointException) -> str:
     """What went wrong, and the way out where a finished run is to go on."""
-    reasons = {str(reason): None for reason, _ in error.failures.values()}
-    text = "; ".join(reasons)
-    if "Missing key in checkpoint" in text:
+    reasons = [reason for reason, _ in error.failures.values()]
+    text = "; ".join({f"{type(reason).__name__}: {reason}": None for reason in reasons})
+    # What torchtitan loads first of what a model alone has not.
+    if re.search(
+        r"Missing key .*: (dataloader|lr_scheduler|optimizer|train_state)", text
+    ):
         text += (
             " The last checkpoint of a finished run holds the model alone: go on from an "
             "earlier one (--checkpoint.load_step N), or train with "

@@ -74,6 +74,13 @@ def test_of_several_config_files_the_first_counts(shell, repo, run_env):
     assert "no CONFIG_FILE nowhere.toml" in done.stderr
 
 
+@pytest.mark.parametrize("options", [["--job.config_file="], ["--job.config_file", ""]])
+def test_an_empty_config_file_is_not_the_default_one(shell, repo, options):
+    done = shell(repo / "run_train.sh", *options)
+    assert done.returncode == 1
+    assert "there is no CONFIG_FILE " in done.stderr
+
+
 def test_a_config_file_without_a_name_is_for_the_program_to_refuse(
     shell, repo, run_env
 ):

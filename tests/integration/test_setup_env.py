@@ -55,7 +55,7 @@ def test_an_environment_that_is_gone_is_explained(shell, repo, tmp_path):
 def test_an_interpreter_that_is_named_has_to_run(shell, repo, tmp_path):
     done = shell(repo / "run_train.sh", PYTHON=tmp_path / "gone")
     assert done.returncode != 0
-    assert f"PYTHON is {tmp_path}/gone, which does not run" in done.stderr
+    assert f"PYTHON is {tmp_path}/gone, which does not run as a Python 3" in done.stderr
     assert shell.installs == []
 
 

@@ -27,7 +27,7 @@ def test_an_unknown_key_is_named_with_its_value_and_its_neighbour():
     with pytest.raises(ValueError, match=r"a.toml: .* is 'yes'; it must be true or"):
         check_keys({"liger_kernel": flag}, "a.toml")
     with pytest.raises(
-        ValueError, match=r"head_loss.z_loss.weight is '1'; .* a number"
+        ValueError, match=r"head_loss.z_loss.weight is '1'; .* a finite number"
     ):
         check_keys({"head_loss": {"z_loss": {"weight": "1"}}}, "a.toml")
 
@@ -136,12 +136,12 @@ def test_values_of_another_type_are_named(field, value, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("temperature", "2", "a number"),
-        ("z_loss.weight", "1e-4", "a number"),
-        ("z_loss.weight", True, "a number"),
-        ("z_loss.weight", float("nan"), "a number"),
-        ("z_loss.weight", 10**400, "a number"),
-        ("cross_entropy.weight", None, "a number"),
+        ("temperature", "2", "a finite number"),
+        ("z_loss.weight", "1e-4", "a finite number"),
+        ("z_loss.weight", True, "a finite number"),
+        ("z_loss.weight", float("nan"), "a finite number"),
+        ("z_loss.weight", 10**400, "a finite number"),
+        ("cross_entropy.weight", None, "a finite number"),
         ("policy_gradient.kind", "ppoo", "one of 'ppo', 'cispo', 'reinforce'"),
     ],
 )

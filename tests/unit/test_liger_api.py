@@ -61,6 +61,9 @@ def test_float16_is_refused():
     problem = Problem(T=5, D=16, V=11)
     with pytest.raises(ValueError, match='float16 before .* use impl="chunked"'):
         problem.run(liger_loss(), torch.float16, DEVICE)
+    autocast = torch.autocast(DEVICE, torch.float16)
+    with autocast, pytest.raises(ValueError, match='use impl="chunked"'):
+        problem.run(liger_loss(), torch.float32, DEVICE)
 
 
 def test_normalizer_and_incoming_gradient_scale_loss_and_gradients():

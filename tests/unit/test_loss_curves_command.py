@@ -239,7 +239,7 @@ def test_bounds_are_options(command):
             ["run", "job.toml", "--", "--head-loss.z-loss.weight=1"],
             "--head-loss.z-loss",
         ),
-        (["run", "terms.toml"], "[head_loss] is trained on with the fused loss alone"),
+        (["run", "terms.toml"], "off cannot train on [head_loss]: leave it out"),
         (["read", "one"], "name two runs or more"),
         (["read", "one", "two"], "there is no run at one"),
         ([], "required: command"),

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.config import ConfigManager
 from torchtitan.protocols import train_spec as torchtitan_specs
 from torchtitan.train import Trainer
@@ -20,7 +21,7 @@ from torchtitan_liger.head_loss_plan import HeadLossPlan
 from torchtitan_liger.head_loss_report import HeadLossReport
 from torchtitan_liger.liger_api import LigerHeadLoss
 from torchtitan_liger.lm_head import LMHead
-from torchtitan_liger.trainer import LigerTrainer
+from torchtitan_liger.trainer import LigerTrainer, explain_checkpoint
 
 OUTPUT = HeadLossOutput(
     torch.tensor(0.0),
@@ -206,3 +207,20 @@ def test_a_budget_below_the_smallest_chunk_is_said(caplog):
     assert "is 1, but liger has no smaller chunk than this; --liger_kernel.impl" in text
     caplog.clear()
     assert "WARNING" not in memory_plan(caplog, HeadLoss(options=options))
+
+
+@pytest.mark.parametrize(
+    ("key", "is_of_a_model_alone"),
+    [
+        ("dataloader.dp_rank_0", True),
+        ("optimizer.param_groups.tok_embeddings.weight.lr", True),
+        ("layers.6.attention.wq.weight", False),
+    ],
+)
+def test_what_a_checkpoint_lacks_is_explained(key, is_of_a_model_alone):
+    error = RuntimeError(f"Missing key in checkpoint state_dict: {key}.")
+    failures = dict.fromkeys(range(2), (error, None))
+    text = explain_checkpoint(CheckpointException("load", failures))
+    assert text.startswith(f"RuntimeError: {error}")
+    assert text.count(key) == 1
+    assert ("--checkpoint.load_step" in text) == is_of_a_model_alone

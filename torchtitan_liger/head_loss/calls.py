@@ -194,7 +194,9 @@ def check_floats(name: str, dtype: torch.dtype) -> None:
         ValueError: for a dtype that has no products, or no gradients.
     """
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{name} must be float64, 32 or 16, or bfloat16, got {dtype}")
+        raise ValueError(
+            f"{name} must be float64, float32, float16 or bfloat16, got {dtype}"
+        )
 
 
 def masked(x: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:

@@ -59,8 +59,8 @@ class Teacher:
         """The same teacher with tokens in one dim.
 
         Raises:
-            ValueError: where its dtypes or shapes do not fit to labels of shape `leading` and a
-                head with `num_columns`.
+            ValueError: where its dtypes or shapes do not fit to labels of shape `leading`
+                and a head with `num_columns`.
         """
         check_floats("the teacher", self.dtype)
         if self.logits is not None:

@@ -159,8 +159,8 @@ class HeadLoss:
             shard: which columns `weight` holds, when the vocabulary is sharded. The
                 gradient of `hidden` is then this rank's share of a sum over the group.
             teacher: the other model, for a distillation.
-            sequence_ids: [...] int64 or int32 in [0, num_sequences): which tokens belong together,
-                for terms over sequences. None: the last dim of `labels` is a sequence.
+            sequence_ids: [...] int64 or int32 in [0, num_sequences): which tokens belong
+                together. None: the last dim of `labels` is a sequence.
             num_sequences: how many `sequence_ids` number; they come together.
             check_labels: look for labels that are not in [0, V). This waits for the GPU, so
                 callers that have looked on the host turn it off; such a label then makes

@@ -37,9 +37,9 @@ class PolicyGradient(Term):
     GRPO and DAPO are "ppo" with their advantages, bounds and normalizer. With its
     `dual_clip` > 1, a token with A < 0 loses at most `-dual_clip * A` (arXiv:1912.09729).
 
-    With `importance_cap` (truncated importance sampling), tokens are weighted by how much likelier they were under the
-    policy of `old_logp` than under the one that generated them, a constant of at most the
-    cap: min(exp(old_logp - generation_logp), importance_cap). For a weight per sequence
+    With `importance_cap` (truncated importance sampling), tokens are weighted by how much
+    likelier they were under the policy of `old_logp` than under the one that generated
+    them, a constant of at most the cap: min(exp(old_logp - generation_logp), importance_cap). For a weight per sequence
     give `token_weights`.
 
     Reported for each token: `new_logp` (log p_y), `old_logp`; `advantage`, and its extremes

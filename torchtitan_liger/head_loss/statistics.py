@@ -43,7 +43,8 @@ AT_ONCE = frozenset({"logp", "lse", "uniform_ce"})
 
 
 Sums = dict[str, torch.Tensor]
-"""What a pass over columns leaves, each [C], by its name in `SUMS`.
+"""What a pass over columns leaves, each [C], by its name in `SUMS` or
+`MIXTURE_SUMS`.
 
 With e_j = exp(z_j - max) and, for a teacher, f_j = exp(v_j - teacher_max). Sum and maximum
 are kept apart: e_j / sumexp is exact to the last bits where exp(z_j - logsumexp) is not.
@@ -213,7 +214,8 @@ class Coefficients(NamedTuple):
 
         p_j (softmax + log_softmax log p_j + log_teacher log q_j
              + mixture log(m_j / p_j) + square p_j)
-        + teacher q_j + constant + label [j is y] + sum_k candidates_k [j is k]
+        + teacher q_j + constant + label [j is y]
+        + sum_k candidates_k [j is the k-th candidate]
 
     with p_j = exp(z_j - max) / sumexp, and q_j likewise.
     """

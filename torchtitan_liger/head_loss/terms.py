@@ -40,9 +40,6 @@ Rows = Mapping[str, torch.Tensor]
 them."""
 
 
-SmoothOver = Literal["all", "others"]
-
-
 class Term:
     """One summand of the loss: `weight * loss(statistics, rows)`, per token."""
 
@@ -117,6 +114,9 @@ class SequenceTerm(Term):
     ) -> Sequence[torch.Tensor]:
         """`metrics`, for those that look at the other tokens as well."""
         return self.metrics(stats, rows)
+
+
+SmoothOver = Literal["all", "others"]
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,8 @@ class SelfWeighted(Term):
 class Unlikelihood(Term):
     """`-sum_k log(1 - p_k)` over token ids that should not come (arXiv:1908.04319).
 
-    Rows: `candidates`, [C, K] int64 or int32 token ids; -1 for none, and twice counts twice. `1 - p_k`
-    is held above `floor`, where the gradient ends.
+    Rows: `candidates`, [C, K] int64 or int32 token ids; -1 for none, and twice counts
+    twice. `1 - p_k` is held above `floor`, where the gradient ends.
     """
 
     weight: float = 1.0

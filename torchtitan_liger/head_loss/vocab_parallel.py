@@ -1,8 +1,8 @@
 """The softmax over a vocabulary whose columns lie on several ranks.
 
 Each rank sweeps its own columns; one all-gather per chunk exchanges a few numbers per
-row, whatever the terms; a JSD adds an all-reduce. `C` tokens of a chunk, `R` ranks, `k` numbers, `D` width, `v` this
-rank's columns.
+row, whatever the terms; a JSD adds an all-reduce. `C` tokens of a chunk, `R` ranks, `k`
+numbers, `D` width, `v` this rank's columns.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def test_on_three_uneven_shards(names, sweeps, chunks, monkeypatch):
 
 @pytest.mark.parametrize("columns", [[40], [30, 10], [20, 0, 20]], ids=str)
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
-def test_words_that_the_teacher_does_not_have_and_the_student_never_says(
+def test_token_ids_that_the_teacher_does_not_have_and_the_student_never_says(
     kind, columns, monkeypatch
 ):
     """Also where a rank has no other token ids."""

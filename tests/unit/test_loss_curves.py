@@ -210,7 +210,9 @@ def test_a_crash_is_named_by_its_cause():
 
 
 def test_an_option_that_does_not_exist_is_the_crash():
-    log = "[rank0]: ValueError: Unrecognized options: --trainin.seq_len, 64\n[rank0]: Per"
+    log = (
+        "[rank0]: ValueError: Unrecognized options: --trainin.seq_len, 64\n[rank0]: Per"
+    )
     crash = "ValueError: Unrecognized options: --trainin.seq_len, 64"
     assert parse_log(log).crash == crash
 

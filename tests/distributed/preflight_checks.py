@@ -211,6 +211,16 @@ def gradient_scaled() -> Iterator[None]:
 
 
 @contextmanager
+def gradient_scaled_on_the_last_rank() -> Iterator[None]:
+    """Of which the others have to hear."""
+    if dist.get_rank() < dist.get_world_size() - 1:
+        yield
+        return
+    with gradient_scaled():
+        yield
+
+
+@contextmanager
 def normalizer_of_this_rank() -> Iterator[None]:
     """The mean over this rank's tokens instead of all."""
     real = HeadLoss.__call__
@@ -234,6 +244,7 @@ PLANTED = (
     ("TP", shard_dropped),
     ("TP", hidden_gradient_not_summed),
     ("TP", gradient_scaled),
+    ("TP", gradient_scaled_on_the_last_rank),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from torchtitan_liger.head_loss import (  # isort: skip
     VocabShard,
     ZLoss,
     linear_cross_entropy,
+    vocab_parallel,
 )
 
 
@@ -125,6 +127,9 @@ def function_over_a_group() -> dict[str, float]:
         columns = slice(cuts[rank], cuts[rank + 1])
         problem = Problem(T=37, D=8, V=cuts[-1])
         weight = problem.weight[columns].clone().requires_grad_()
+        # By which all ranks cut the same chunks.
+        widest = vocab_parallel.shard_of(weight, group).widest
+        assert widest == max(b - a for a, b in itertools.pairwise(cuts))
         for settings in (
             {},
             {"label_smoothing": 0.1, "z_loss": 0.1, "token_weights": weights},

@@ -65,3 +65,10 @@ def test_one_collective_for_sums_and_one_for_each_kind_of_extreme(monkeypatch):
     add(report, a=1.0, b__max=2.0, c__max=3.0)
     report.values(group)
     assert calls[1:] == [(1, ops.SUM, group), (2, ops.MAX, group)]
+
+
+def test_one_weighted_micro_batch_makes_the_step_weighted():
+    report = HeadLossReport()
+    add(report, a=1.0, weighted=True)
+    add(report, a=1.0)
+    assert report.weighted

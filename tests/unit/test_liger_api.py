@@ -12,7 +12,7 @@ import torch
 from tests.conftest import HAS_GPU
 from tests.helpers import Problem, full_logits, plain_head, relative_error
 from torchtitan_liger import liger_api
-from torchtitan_liger.head_loss import CrossEntropy, VocabShard, ZLoss
+from torchtitan_liger.head_loss import CrossEntropy, HeadLoss, VocabShard, ZLoss
 from torchtitan_liger.head_loss.chunking import MIB
 from torchtitan_liger.liger_api import (
     LigerHeadLoss,
@@ -238,3 +238,40 @@ def test_an_old_version_says_what_to_type(monkeypatch):
     assert not status.importable
     assert "0.5.10 is too old, at least 0.8.4" in status.reason
     assert "pip install -U liger-kernel" in status.reason
+
+
+@pytest.mark.parametrize("normalizer", [1, 64.0])
+def test_terms_are_divided_by_the_normalizer(normalizer):
+    problem = Problem(T=37, D=16, V=101)
+    args = problem.hidden.float(), problem.weight.float(), problem.labels
+    terms = [CrossEntropy(0.1), ZLoss(0.01)]
+    on_device = (x.to(DEVICE) for x in args)
+    found = LigerHeadLoss(terms)(*on_device, normalizer=normalizer).terms
+    for name, value in HeadLoss(terms)(*args, normalizer=normalizer).terms.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("normalizer", [1, 64.0])
+def test_ignored_tokens_that_are_not_dropped_have_no_share(normalizer, monkeypatch):
+    problem, loss_of = Problem(T=37, D=16, V=101), liger_loss(normalizer=normalizer)
+    clean = problem.run(loss_of, torch.float32, DEVICE)
+    # As on a GPU, where nobody has counted the labels.
+    monkeypatch.setattr(
+        liger_api, "kept_rows", lambda call, *_: (None, call.scale, False)
+    )
+    problem.hidden[problem.labels == -100] = torch.nan
+    dirty = problem.run(loss_of, torch.float32, DEVICE)
+    assert max(dirty.errors(clean).values()) < 1e-6
+
+
+def test_a_mean_over_labels_is_scaled_by_one(monkeypatch):
+    problem = Problem(T=41, D=16, V=101, ignored=0)  # 41 * (1 / 41) is not 1 in float32
+    real, factors = liger_api.scale_gradient, []
+
+    def scale(grad, factor, dtype):
+        factors.append(factor.item())
+        return real(grad, factor, dtype)
+
+    monkeypatch.setattr(liger_api, "scale_gradient", scale)
+    problem.run(liger_loss(normalizer=torch.tensor(41)), torch.float32, DEVICE)
+    assert factors == [1.0, 1.0]

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from tests.helpers import Problem
-from torchtitan_liger.head_loss import HeadLoss, linear_cross_entropy
+from torchtitan_liger import lm_head
+from torchtitan_liger.head_loss import HeadLoss, VocabShard, linear_cross_entropy
 from torchtitan_liger.lm_head import LMHead, changes_logits
 
 
@@ -77,3 +78,18 @@ def test_logits_that_change_after_the_head_are_found(dtype, scale):
         assert changes_logits(lambda change=change: change(head(hidden)), head)
     assert changes_logits(lambda: hidden @ head.weight.t(), head)
     assert not head._forward_hooks
+
+
+def test_a_shard_takes_its_columns_of_the_teachers_logits(monkeypatch):
+    head, found = LMHead.from_linear(nn.Linear(4, 7, bias=False)), {}
+    shard = VocabShard(7, 21, 7, None)
+
+    def head_loss(hidden, weight, labels, **call):
+        found.update(call)
+
+    head_loss.impl = "chunked"
+    monkeypatch.setattr(lm_head, "_local_inputs", lambda h, w, _: (h, w, shard))
+    logits, labels = torch.randn(2, 3, 21), torch.zeros(2, 3, dtype=torch.long)
+    hidden = torch.zeros(2, 3, 4)
+    head(hidden, labels, head_loss=head_loss, teacher_logits=logits)
+    assert torch.equal(found["teacher"].logits, logits[..., 7:14])

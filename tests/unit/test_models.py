@@ -143,7 +143,7 @@ def test_another_head_stays_as_it_is(head):
     assert torch.equal(model(hidden), head(hidden))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+@pytest.mark.parametrize("attention", ["sdpa", "flex", "varlen"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_validation_makes_masks_where_attention_takes_them(
     name, attention, monkeypatch
@@ -158,7 +158,7 @@ def test_validation_makes_masks_where_attention_takes_them(
     *_, found = Validator.post_dataloading_process(
         validator, {"input": tokens}, tokens, [model]
     )
-    assert found == ({"attention_masks": "masks"} if attention == "flex" else {})
+    assert found == ({"attention_masks": "masks"} if attention != "sdpa" else {})
 
 
 def test_a_flavor_of_ones_own_wins(monkeypatch):

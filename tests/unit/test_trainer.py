@@ -224,3 +224,14 @@ def test_what_a_checkpoint_lacks_is_explained(key, is_of_a_model_alone):
     assert text.startswith(f"RuntimeError: {error}")
     assert text.count(key) == 1
     assert ("--checkpoint.load_step" in text) == is_of_a_model_alone
+
+
+def test_context_parallelism_leaves_each_rank_fewer_tokens(caplog):
+    text = memory_plan(caplog, HeadLoss(), cp=2, fsdp_enabled=True)
+    assert "all logits would take 192.0 MiB" in text
+
+
+def test_the_memory_plan_counts_both_buffers_of_a_sharded_head(caplog):
+    options = HeadLossOptions(logits_memory_mib=16)
+    text = memory_plan(caplog, HeadLoss(options=options), tp=2, tp_enabled=True)
+    assert "(16 x 512 tokens)" in text

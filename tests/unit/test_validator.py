@@ -58,8 +58,12 @@ class Loader:
 PLAIN = HeadLossPlan("chunked", HeadLossOptions())
 
 
-def validate(model, batches, steps=-1, plan=PLAIN):
-    """What a validator logs for these batches."""
+def validate(model, batches, steps=-1, plan=PLAIN, share=None, cp_enabled=False):
+    """What a validator logs for these batches.
+
+    Args:
+        share: how many tokens of each sequence this rank has; None for all.
+    """
     validator = LigerValidator.__new__(LigerValidator)
     validator.plan = plan
     logged = {}
@@ -71,18 +75,19 @@ def validate(model, batches, steps=-1, plan=PLAIN):
         ntokens_since_last_log=0, log_validation=lambda **kw: logged.update(kw)
     )
     validator.parallel_dims = SimpleNamespace(
-        cp_enabled=False, get_optional_mesh=lambda _: None
+        cp_enabled=cp_enabled, get_optional_mesh=lambda _: None
     )
     validator.post_dataloading_process = lambda inputs, labels, _: (
-        inputs["input"],
-        labels,
-        {},
+        inputs["input"][:, :share],
+        labels[:, :share],
+        {name: x for name, x in inputs.items() if name != "input"},
         {},
     )
     validator.validation_context = contextlib.nullcontext
     validator.maybe_enable_amp = contextlib.nullcontext()
     validator.validate([model], step=7)
-    return logged
+    counted = validator.metrics_processor.ntokens_since_last_log
+    return logged | {"tokens": counted} if share else logged
 
 
 def batch(num_labels, seed=0, vocab_size=V):
@@ -94,7 +99,7 @@ def batch(num_labels, seed=0, vocab_size=V):
 
 
 def test_every_token_counts_the_same():
-    model = Decoder().train()
+    model = Decoder().double().train()
     batches = [batch(1, seed=1), batch(9, seed=2)]
     logged = validate(model, batches)
     logits = [
@@ -105,7 +110,7 @@ def test_every_token_counts_the_same():
         torch.cat([z.flatten(0, 1) for z in logits]),
         torch.cat([y.flatten() for _, y in batches]),
     )
-    assert logged["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert logged["loss"] == pytest.approx(expected.item(), rel=1e-13)
     assert logged["step"] == 7
     assert model.training
     assert model.output.num_fused_calls == 0
@@ -162,3 +167,11 @@ def test_validation_is_plain_cross_entropy_whatever_is_trained_on():
     inputs, labels = batch(9)
     inputs["advantages"] = inputs["old_logp"] = torch.zeros(2, 8)
     assert validate(model, [(inputs, labels)], plan=plan) == plain
+
+
+def test_labels_are_counted_where_a_rank_knows_its_share_of_them():
+    """As under context parallelism."""
+    model, batches = Decoder(), [batch(14, 0), batch(11, 1)]
+    mine = validate(model, batches, share=4, cp_enabled=True)
+    shares = [({"input": x["input"][:, :4]}, y[:, :4]) for x, y in batches]
+    assert mine == validate(model, shares) | {"tokens": 2 * 16}

@@ -169,7 +169,7 @@ EVERYTHING = (
     "jsd",
     "a user's",
 )
-SETS = [*((n,) for n in TERMS), MIXTURE, EVERYTHING]
+SETS = [*((n,) for n in TERMS), ("entropy", "reverse kl"), MIXTURE, EVERYTHING]
 
 
 def kl(of, to):

@@ -310,6 +310,7 @@ def test_a_wrong_number_of_labels_makes_the_loss_nan(impl, reduction, counted):
     args = problem.hidden, problem.weight, problem.labels
     out = HeadLoss(impl=impl)(*args, reduction=reduction, num_labeled=counted)
     assert out.loss.isnan().all()
+    assert all(x.isnan() for x in out.metrics.values())
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
@@ -359,3 +360,17 @@ def test_who_saves_tensors_elsewhere_may_reuse_their_memory(
         gradients.append(torch.autograd.grad(loss, [hidden, weight]))
     for once, again in zip(*gradients, strict=True):
         assert torch.equal(once, again)
+
+
+def test_autocast_leaves_float64_alone():
+    problem = Problem()
+    truth = problem.run(full_logits())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = problem.run(lambda *args: HeadLoss()(*args).loss)
+    assert max(ours.errors(truth).values()) < 1e-12
+
+
+def test_no_more_labels_than_tokens():
+    problem = Problem(T=5)
+    with pytest.raises(ValueError, match=r"whole number in \[0, 5\], got 6"):
+        HeadLoss()(problem.hidden, problem.weight, problem.labels, num_labeled=6)

@@ -348,3 +348,17 @@ def test_a_second_derivative_raises():
     loss = compiled(loss_of, backend="eager")(b)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss, b.hidden, create_graph=True)
+
+
+@SECOND_GRAPH
+def test_loss_scaling_keeps_small_gradients_in_float16(fresh_compiler):
+    problem = Problem(T=64, D=32, V=101).rounded(torch.float16)
+    head = HeadLoss()
+
+    def loss_of(*args):
+        return head(*args, normalizer=2**20).loss
+
+    truth = problem.run(loss_of, upstream=2.0**15)
+    compiled_loss = torch.compile(loss_of, backend="aot_eager")
+    ours = problem.run(compiled_loss, torch.float16, upstream=2.0**15)
+    assert max(ours.errors(truth).values()) < 2e-3

@@ -167,3 +167,21 @@ def test_a_graph_whose_head_is_gone_says_so():
     args = (*args, None, [], "", torch.float64, T, True, "no such head", False, False)
     with pytest.raises(RuntimeError, match="computes no such head, but the HeadLoss"):
         custom_op._head_loss(*args)
+
+
+def test_a_class_that_is_defined_again_is_another_term():
+    """As by a cell of a notebook that runs once more."""
+
+    def define(factor):
+        @dataclass(frozen=True)
+        class Again(Term):
+            weight: float = 1.0
+            name: str = "again"
+
+            def loss(self, stats, rows):
+                return -factor * stats.logp
+
+        return Again()
+
+    heads = [HeadLoss([define(factor)]) for factor in (1, 2)]
+    assert heads[0]._recipe is not heads[1]._recipe

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from torchtitan_liger.head_loss.products import MOST_ROWS, TILE, whole_waves
+from torchtitan_liger.head_loss.products import (
+    MOST_ROWS,
+    TILE,
+    weight_sum_dtype,
+    whole_waves,
+)
 
 H200 = 132
 
@@ -39,3 +45,20 @@ def test_all_rows_in_whole_waves_but_for_the_last_piece(width, num_sms):
             assert max(pieces) <= MOST_ROWS
         for rows in pieces[:-2]:
             assert rows * width % (num_sms * TILE) == 0
+
+
+@pytest.mark.parametrize(
+    ("weight", "single_chunk", "expected"),
+    [
+        (torch.float32, True, torch.float32),
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.bfloat16, False, torch.float32),
+    ],
+)
+def test_one_chunk_of_narrow_products_keeps_a_wider_weights_dtype(
+    weight, single_chunk, expected
+):
+    sum_dtype = weight_sum_dtype(
+        torch.bfloat16, weight, torch.float32, single_chunk=single_chunk
+    )
+    assert sum_dtype == expected

@@ -29,7 +29,7 @@ NUM_PAIRS = B // 2
 
 
 @pytest.fixture(
-    params=[2 * L + 1, 5, 10**6], ids=["aligned", "two phases", "one chunk"]
+    params=[3 * L + 1, 5, 10**6], ids=["aligned", "two phases", "one chunk"]
 )
 def chunks(request, monkeypatch):
     """Chunks that hold a pair, chunks that hold no whole sequence, all in one."""
@@ -348,3 +348,33 @@ def test_gspo_is_ligers():
         )
     )
     assert max(ours.errors(theirs).values()) < 1e-6
+
+
+def test_a_sequence_term_of_weight_0_leaves_the_gradients_alone(monkeypatch):
+    problem = Problem(T=24, D=16, V=101, ignored=0)
+    rows = {"old_logp": torch.zeros(24), "advantages": torch.ones(24)}
+    alone = problem.run(lambda *args: HeadLoss()(*args).loss)
+    plan = engine.ChunkPlan(5, 5, 0, 0)  # no whole sequence in a chunk
+    monkeypatch.setattr(engine, "plan_chunks", lambda *_, **__: plan)
+    head = HeadLoss([CrossEntropy(), SequencePolicyGradient(weight=0.0)])
+    both = problem.run(lambda *args: head(*args, **rows).loss)
+    assert max(both.errors(alone).values()) < 1e-12
+
+
+@pytest.mark.parametrize("layout", ["pairs", "halves"])
+def test_orpo_of_a_sequence_that_is_sure_is_finite(layout):
+    hidden = torch.ones(2, 3, 2)
+    hidden[0] = torch.tensor([200.0, 0.0])
+    hidden.requires_grad_()
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    out = HeadLoss([Preference("orpo", layout=layout)])(hidden, torch.eye(2), labels)
+    (grad,) = torch.autograd.grad(out.loss, hidden)
+    assert out.loss.isfinite()
+    assert out.metrics["preference/margin"].isfinite()
+    assert grad.isfinite().all()
+
+
+def test_of_a_pair_of_equals_none_is_preferred():
+    hidden, labels = torch.ones(2, 3, 2), torch.zeros(2, 3, dtype=torch.long)
+    out = HeadLoss([Preference("simpo")])(hidden, torch.eye(2), labels)
+    assert out.metrics["preference/accuracy"] == 0

@@ -15,6 +15,7 @@ from torchtitan_liger.head_loss import (
     EntropyBonus,
     HeadLoss,
     PolicyGradient,
+    ReferenceKL,
     Teacher,
     Term,
     Unlikelihood,
@@ -273,3 +274,35 @@ def test_a_row_input_that_wants_a_gradient_is_an_error():
         head(*args, advantages=advantages)
     with torch.no_grad():
         head(*args, advantages=advantages)
+
+
+def test_losses_per_token_read_each_input_again_as_itself():
+    problem = Problem(T=37, D=16, V=101)
+    rows = {
+        "ref_logp": torch.linspace(-6, -4, 37).double(),
+        "candidates": torch.arange(74).view(37, 2),
+    }
+    head = HeadLoss([ReferenceKL(0.1), Unlikelihood()])
+    truth = problem.run(lambda *args: head(*args, **rows).loss)
+    ours = problem.run(lambda *args: head(*args, reduction="none", **rows).loss.sum())
+    assert max(ours.errors(truth).values()) < 1e-12
+
+
+@dataclass(frozen=True)
+class SoftCrossEntropy(Term):
+    weight: float = 1.0
+    name: str = "soft"
+    needs = frozenset({"kl_fwd", "teacher_entropy"})
+
+    def loss(self, stats, rows):
+        return stats.kl_fwd + stats.teacher_entropy
+
+
+def test_a_term_may_read_the_teachers_entropy():
+    problem = Problem(T=37, D=16, V=101)
+    teacher = Teacher(logits=torch.randn(37, 101).double())
+    ours, truth = (
+        problem.run(lambda *args, t=term: HeadLoss([t])(*args, teacher=teacher).loss)
+        for term in (SoftCrossEntropy(), Distillation("soft_cross_entropy"))
+    )
+    assert max(ours.errors(truth).values()) < 1e-12

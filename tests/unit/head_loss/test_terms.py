@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -25,6 +27,7 @@ from torchtitan_liger.head_loss import (
     PolicyGradient,
     SequencePolicyGradient,
     Teacher,
+    Unlikelihood,
     engine,
 )
 
@@ -283,3 +286,17 @@ def test_a_narrower_teacher_is_transformed_in_the_students_dtype(dtype, sweeps):
 
     ours = problem.run(lambda *args: head(*args, teacher=teacher).loss)
     assert max(ours.errors(problem.run(truth_of)).values()) < 1e-12
+
+
+def test_a_sure_token_that_should_not_come_has_the_floors_loss_and_no_gradient():
+    hidden = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    head, labels = HeadLoss([Unlikelihood(floor=1e-5)]), torch.tensor([1])
+    loss = head(hidden, torch.eye(2), labels, candidates=torch.tensor([[0]])).loss
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert loss.item() == pytest.approx(-math.log(1e-5), rel=1e-3)
+    assert not grad.any()
+
+
+def test_a_vocabulary_of_one_has_no_others():
+    head = HeadLoss([CrossEntropy(0.1, smooth_over="others")])
+    assert head(torch.randn(3, 4), torch.randn(1, 4), torch.zeros(3).long()).loss == 0

@@ -148,7 +148,7 @@ def _later_gradients(
             need_d_hidden=need_d_hidden,
             need_d_weight=need_d_weight,
         )
-        by_N = torch.where(passes.inputs.valid_C, by_N, 0.0)  # NaN times 0 is not 0
+        by_N = torch.where(passes.inputs.valid, by_N, 0.0)  # NaN times 0 is not 0
         _second_phase(passes, ctx.sums, ctx.partials.times(by_N))
     return (
         None if grad is None else grad.to(x.dtype)

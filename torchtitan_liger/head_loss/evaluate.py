@@ -31,14 +31,14 @@ class TermInputs(NamedTuple):
     """What terms read of some tokens, beside their statistics."""
 
     rows: Rows
-    valid_C: torch.Tensor  # whether the token has a label
+    valid: torch.Tensor  # [C] whether the token has a label
     sequences: Sequences | None
 
     def part(self, tokens: slice) -> TermInputs:
         """Those of a chunk."""
         return TermInputs(
             {name: x[tokens] for name, x in self.rows.items()},
-            self.valid_C[tokens],
+            self.valid[tokens],
             None if self.sequences is None else self.sequences.part(tokens),
         )
 
@@ -81,11 +81,11 @@ class Metrics:
                 for name, x in zip(self.names, numbers, strict=True)
             ]
         )
-        sums = torch.where(inputs.valid_C, values_MC[: self._num_sums], 0.0).sum(dim=1)
+        sums = torch.where(inputs.valid, values_MC[: self._num_sums], 0.0).sum(dim=1)
         extremes_MC = values_MC[self._num_sums :]
         if not len(extremes_MC):
             return sums
-        masked_MC = torch.where(inputs.valid_C, extremes_MC, -torch.inf)
+        masked_MC = torch.where(inputs.valid, extremes_MC, -torch.inf)
         nothing_M1 = masked_MC.new_full((len(masked_MC), 1), -torch.inf)
         extremes = torch.cat([masked_MC, nothing_M1], dim=1).amax(dim=1)
         return torch.cat([sums, extremes])
@@ -140,8 +140,8 @@ def values_of(
                 by_token_C = by_token_C + term.weight * loss_C
         weighted_SC = torch.stack(losses) * token_weight_C
         return TermValues(
-            torch.where(inputs.valid_C, by_token_C, 0.0),
-            torch.where(inputs.valid_C, weighted_SC, 0.0).sum(dim=1),
+            torch.where(inputs.valid, by_token_C, 0.0),
+            torch.where(inputs.valid, weighted_SC, 0.0).sum(dim=1),
         )
 
 
@@ -158,7 +158,7 @@ def partials_of(
     Args:
         stats: may be None if all terms have slopes.
     """
-    weight_C = torch.where(inputs.valid_C, token_weight_C, 0.0)
+    weight_C = torch.where(inputs.valid, token_weight_C, 0.0)
     partials: dict[str, Any] = {}
 
     def add(name: str, grad: torch.Tensor) -> None:
@@ -197,13 +197,13 @@ def _by_autograd(
         loss_C = torch.zeros_like(weight_C)
         for term in terms:
             loss_C = loss_C + term.weight * _loss(term, stats, inputs)
-        loss = (torch.where(inputs.valid_C, loss_C, 0.0) * weight_C).sum()
+        loss = (torch.where(inputs.valid, loss_C, 0.0) * weight_C).sum()
     if not loss.requires_grad:
         return {}
     grads = torch.autograd.grad(loss, [leaves[n] for n in wanted], allow_unused=True)
     # Where a masked row holds an infinite number, autograd gives 0 * inf.
     return {
-        name: masked(grad, inputs.valid_C)
+        name: masked(grad, inputs.valid)
         for name, grad in zip(wanted, grads, strict=True)
         if grad is not None
     }

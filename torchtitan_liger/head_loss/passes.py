@@ -190,7 +190,7 @@ class Passes:
         else:
             # A row without a label must not reach the gradients, whatever it holds:
             # 0 * NaN would.
-            hidden_CD = masked(self._hidden_TD[tokens], self.inputs.valid_C[tokens])
+            hidden_CD = masked(self._hidden_TD[tokens], self.inputs.valid[tokens])
         buffer_Cv = self._buffers[self._turn][: len(hidden_CD)]
         logits_Cv = torch.mm(hidden_CD, self._weight_vD.t(), out=buffer_Cv)
         teacher = self._teacher_logits(tokens) if self._has_teacher else None
@@ -207,7 +207,7 @@ class Passes:
         elif self.call.all_labeled:
             part = given[tokens]
         else:
-            part = masked(given[tokens], self.inputs.valid_C[tokens])
+            part = masked(given[tokens], self.inputs.valid[tokens])
         if teacher.weight is not None:
             buffer_Cv = self._teacher_buffers[self._turn][: len(part)]
             part = torch.mm(part, teacher.weight.t(), out=buffer_Cv)

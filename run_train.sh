@@ -27,19 +27,17 @@ log_rank=${LOG_RANK:-0}
 gpus=$(count_gpus)
 ngpu=${NGPU:-$((gpus > 0 ? gpus : 1))}
 
-help="" config_named="" previous=""
+help="" config_named=""
 for arg in "$@"; do
-    found="" named=""
-    case $previous in --job.config_file | --job.config-file) found=yes named=$arg ;; esac
+    if [ "$config_named" = next ]; then config=$arg config_named=yes; fi
     case $arg in
         -h | --help) help=yes ;;
-        --job.config_file=* | --job.config-file=*) found=yes named=${arg#*=} ;;
+        --job.config_file | --job.config-file) config_named=${config_named:-next} ;;
+        --job.config_file=* | --job.config-file=*)
+            if [ -z "$config_named" ]; then config=${arg#*=} config_named=yes; fi
+            ;;
     esac
-    if [ -n "$found" ] && [ -z "$config_named" ]; then config=$named config_named=yes; fi
-    previous=$arg
 done
-# Without a value it is for the program to refuse.
-case $previous in --job.config_file | --job.config-file) config_named=yes ;; esac
 
 if [ -n "$help" ]; then
     cat <<EOF

@@ -12,7 +12,6 @@ report.md, report.json and curves.png; report.md has the rule behind the answer.
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import signal
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from curve_runs import Progress, Trainer
 
-from torchtitan_liger.cli import FLAG_OFF, FLAG_ON, read_toml
+from torchtitan_liger.cli import FLAG_OFF, FLAG_ON, arguments_of, read_toml
 from torchtitan_liger.loss_curves import (
     LogFacts,
     Run,
@@ -148,7 +147,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         if args.steps is not None and args.steps < MIN_STEPS:
             run.error(f"--steps is {args.steps}; {MIN_STEPS} are needed to compare")
         toml = read_toml([f"--job.config_file={args.config}"])[1]
-        named = [x for x in args.overrides if re.match("--head[_-]loss[.]", x)]
+        named = arguments_of(args.overrides, "head_loss")
         if named or toml.get("head_loss"):
             run.error(
                 "the run with the fused loss off cannot train on "

@@ -83,6 +83,12 @@ def option_of(argv: Sequence[str], section: str, key: str) -> str | None:
     return None
 
 
+def arguments_of(argv: Sequence[str], section: str) -> list[str]:
+    """Those of the arguments that are options of a section."""
+    option = re.compile(f"--{section.replace('_', '[_-]')}[.].*")
+    return [argument for argument in argv if option.fullmatch(argument)]
+
+
 def read_toml(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The config file named in `argv` and what it holds; empty without one.
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from torchtitan_liger.cli import option_of, value_of
+from torchtitan_liger.cli import arguments_of, option_of, value_of
 from torchtitan_liger.job_config import HeadLoss, LigerKernel
 
 SECTIONS: dict[str, type] = {"liger_kernel": LigerKernel, "head_loss": HeadLoss}
@@ -65,8 +65,7 @@ def check_config_module(argv: Sequence[str], toml: Mapping[str, Any]) -> None:
         ValueError: with the module and the section; torchtitan's parser would say that
             there is no such option.
     """
-    spelled = {n: re.compile(f"--{n.replace('_', '[_-]')}[.].*") for n in SECTIONS}
-    used = [n for n in SECTIONS if n in toml or any(map(spelled[n].fullmatch, argv))]
+    used = [name for name in SECTIONS if name in toml or arguments_of(argv, name)]
     if not used:
         return
     key = "job", "custom_config_module"

@@ -83,7 +83,8 @@ def _term(name: str, table: Any) -> Term | None:
     settings = changes(table, key)
     if table.weight is None:
         if settings:
-            raise without_weight(listed(dict([*settings.items()][:1])), name)
+            (setting, value), *_ = settings.items()
+            raise without_weight(f"{setting} = {value}", name)
         return None
     if table.weight < 0:
         raise ValueError(

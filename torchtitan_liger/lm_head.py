@@ -15,8 +15,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from torchtitan_liger.cli import FLAG_OFF
 from torchtitan_liger.head_loss import HeadLoss, HeadLossOutput, Teacher, VocabShard
 from torchtitan_liger.liger_api import LigerHeadLoss
+
+CHANGES_LOGITS = (
+    "the model changes the logits that its LM head gives (in its own forward, or in a hook), "
+    "which the fused loss would not see: leave that to logit_softcap and temperature in "
+    f"[head_loss], or turn the fused loss off ({FLAG_OFF})"
+)
 
 
 class LMHead(nn.Linear):

@@ -20,7 +20,7 @@ from torchtitan_liger import validator
 from torchtitan_liger.cli import FLAG_OFF
 from torchtitan_liger.config_validator import model_args
 from torchtitan_liger.data import build_text_dataloader
-from torchtitan_liger.lm_head import LMHead
+from torchtitan_liger.lm_head import CHANGES_LOGITS, LMHead, local_tensor
 from torchtitan_liger.parallelize import parallelize
 
 DECODERS = ("llama3", "llama4", "qwen3", "deepseek_v3", "gpt_oss")
@@ -46,11 +46,29 @@ EXTRA_FLAVORS: dict[str, dict[str, BaseModelArgs]] = {
 """Flavors that we add to torchtitan's."""
 
 
+class _PassThrough(nn.Module):
+    """In the place of a head: gives back what it gets, and remembers it."""
+
+    hidden: torch.Tensor | None = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.hidden = hidden
+        return hidden
+
+    def equals(self, other: torch.Tensor) -> bool:
+        """Whether it got these numbers, in whatever dtype."""
+        if self.hidden is None or self.hidden.shape != other.shape:
+            return False
+        got, other = local_tensor(self.hidden), local_tensor(other)
+        return torch.allclose(got.to(other.dtype), other, 0, 0, equal_nan=True)
+
+
 class ReturnHiddenStates:
     """Mixin for a torchtitan decoder: `forward(..., return_hidden_states=True)`.
 
     The decoder's own forward runs in both cases. For hidden states the head is replaced
-    by a pass-through for the time of the call, so none of its hooks run.
+    by a pass-through for the time of the call, so none of its hooks run; what goes
+    through has to be what comes out.
     """
 
     def __init__(self, model_args: BaseModelArgs) -> None:
@@ -64,15 +82,23 @@ class ReturnHiddenStates:
     def forward(
         self, *args: Any, return_hidden_states: bool = False, **kwargs: Any
     ) -> torch.Tensor:
-        """As the decoder's own; with `return_hidden_states` [B, L, D] instead of logits."""
+        """As the decoder's own; with `return_hidden_states` [B, L, D] instead of logits.
+
+        Raises:
+            ValueError: for a decoder that does to hidden states what it means for logits.
+        """
         if not return_hidden_states:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         head = self.output
-        self.output = nn.Identity()
+        passed = self.output = _PassThrough()
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            hidden: torch.Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.output = head
+        # Only a decoder that gives back another tensor has to wait for its numbers.
+        if hidden is not passed.hidden and not passed.equals(hidden):
+            raise ValueError(CHANGES_LOGITS)
+        return hidden
 
     def get_attention_masks(self, *args: Any, **kwargs: Any) -> Any:
         """As the decoder's own; a TypeError where its attention takes none, by which

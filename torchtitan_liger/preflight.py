@@ -38,7 +38,12 @@ from torchtitan_liger.head_loss import CrossEntropy, HeadLoss, SequenceTerm
 from torchtitan_liger.head_loss.calls import products_dtype
 from torchtitan_liger.head_loss_plan import inputs_of
 from torchtitan_liger.liger_api import LigerHeadLoss
-from torchtitan_liger.lm_head import LMHead, changes_logits, local_tensor
+from torchtitan_liger.lm_head import (
+    CHANGES_LOGITS,
+    LMHead,
+    changes_logits,
+    local_tensor,
+)
 
 MARGIN = 2.0
 # Sums in another order, in float32, where full logits happen to have no error at all.
@@ -103,7 +108,9 @@ def check_head(
     amp: AbstractContextManager[None],
     seq_len: int,
     device: torch.device,
-) -> PreflightReport:
+    *,
+    backward: bool = True,
+) -> PreflightReport | None:
     """Compare the fused head of `model` with full logits, on this mesh and in its dtypes.
 
     Leaves gradients, buffers and random number generators as they were. Parameters must
@@ -114,10 +121,12 @@ def check_head(
         prepare_batch: what a trainer does with a batch between data and model.
         train_context, amp: the contexts of a training step.
         seq_len: the longest sequence that the model is built for.
+        backward: False only looks whether the model does more to logits than its head, and
+            compares nothing.
 
     Raises:
         PreflightError: when the errors are larger than the bounds, or the model does more
-            to logits than its head.
+            to logits than its head, or its decoder cannot do with tokens alone.
     """
     start = time.perf_counter()
     head = model.get_submodule("output")
@@ -135,6 +144,8 @@ def check_head(
         decode = partial(model, inputs, **extra_inputs, **extra_kwargs)
         with torch.no_grad(), train_context(), amp:
             _check_output(decode, head, device)
+    if not backward:
+        return None
     # Anew: FSDP has left the head's weight gathered, and the next pass has to gather it.
     with _no_trace(model, device):
         fused, sample = _fused_step(
@@ -251,17 +262,21 @@ def _check_output(
 ) -> None:
     """
     Raises:
-        PreflightError: on all ranks, where on one of them the model changes its logits.
+        PreflightError: on all ranks, where on one of them the model changes its logits; for
+            a decoder that wants more than tokens.
     """
-    anywhere = torch.tensor(float(changes_logits(decode, head)), device=device)
+    try:
+        changes = changes_logits(decode, head)
+    except TypeError as error:
+        raise PreflightError(
+            f"the decoder fails on tokens alone with {error}: where it needs more of the "
+            "batch, leave out the check before the first step (--liger_kernel.no-preflight)"
+        ) from error
+    anywhere = torch.tensor(float(changes), device=device)
     if dist.is_initialized():
         dist.all_reduce(anywhere, dist.ReduceOp.MAX)
     if anywhere:
-        raise PreflightError(
-            "the model changes the logits that its LM head gives (in its own forward, or "
-            "in a hook), which the fused loss would not see: leave that to logit_softcap "
-            f"and temperature in [head_loss], or turn the fused loss off ({FLAG_OFF})"
-        )
+        raise PreflightError(CHANGES_LOGITS)
 
 
 def _draw_batch(

@@ -231,9 +231,10 @@ class LigerTrainer(Trainer):
         logger.info(f"The LM head computed {calls} losses without logits ({plan.impl})")
 
     def _preflight(self) -> None:
-        if reason := self._no_preflight():
-            logger.warning(f"No preflight: {reason}")
+        if (mode := self.job_config.comm.mode) != "default":
+            logger.warning(f"No preflight: comm.mode = {mode} has no other ranks")
             return
+        no_backward = self._no_backward_before_training()
         report = check_head(
             self.model_parts[0],
             self.parallel_dims,
@@ -242,21 +243,24 @@ class LigerTrainer(Trainer):
             self.maybe_enable_amp,
             self.job_config.training.seq_len,
             self.device,
+            backward=not no_backward,
         )
-        logger.info(str(report))
+        if no_backward:
+            logger.warning(f"No preflight of the gradients: {no_backward}")
+        else:
+            logger.info(str(report))
         # Neither its memory nor its time belongs to the first step.
         device_module.empty_cache()
         self.metrics_processor.device_memory_monitor.reset_peak_stats()
         self.metrics_processor.time_last_log = time.perf_counter()
 
-    def _no_preflight(self) -> str | None:
+    def _no_backward_before_training(self) -> str | None:
+        """Why there can be none; None if there can."""
         if self.job_config.optimizer.early_step_in_backward:
             return (
                 "with optimizer.early_step_in_backward its backward pass would change "
                 "the weights"
             )
-        if (mode := self.job_config.comm.mode) != "default":
-            return f"comm.mode = {mode} has no other ranks"
         dims, (model,) = self.parallel_dims, self.model_parts
         tied = model.output.weight is model.tok_embeddings.weight
         if tied and dims.dp_replicate_enabled and not dims.fsdp_enabled:

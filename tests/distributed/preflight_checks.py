@@ -80,13 +80,15 @@ def preflight_of_changed_logits() -> dict[str, str]:
                 part[..., -3:] = -1e4
         return logits
 
-    for name in ("FSDP2", "TP"):
-        trainer = matrix.build_trainer(LAYOUTS[name], fused=True)
+    # Before whose training there can be no backward pass.
+    early = Case("early step", 2, f"{FSDP}=2 optimizer.early_step_in_backward")
+    for case in (LAYOUTS["FSDP2"], LAYOUTS["TP"], early):
+        trainer = matrix.build_trainer(case, fused=True)
         trainer.model_parts[0].register_forward_hook(rule_out)
         try:
-            said[name] = str(run_preflight(trainer))
+            said[case.name] = f"nothing: {trainer._preflight()}"
         except preflight.PreflightError as error:
-            said[name] = str(error)
+            said[case.name] = str(error)
         trainer.close()
     return said
 

@@ -200,7 +200,7 @@ def test_preflight_leaves_compiled_code_alone(launch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["FSDP2", "TP"])
+@pytest.mark.parametrize("layout", ["FSDP2", "TP", "early step"])
 def test_preflight_finds_logits_that_one_rank_changes(layout, launch):
     said = launch("tests.distributed.checks", 2)[0]["preflight_of_changed_logits"]
     assert said[layout].startswith("the model changes the logits"), said

@@ -12,7 +12,13 @@ import torch
 from tests.conftest import HAS_GPU
 from tests.helpers import Problem, full_logits, plain_head, relative_error
 from torchtitan_liger import liger_api
-from torchtitan_liger.head_loss import CrossEntropy, HeadLoss, VocabShard, ZLoss
+from torchtitan_liger.head_loss import (
+    CrossEntropy,
+    HeadLoss,
+    HeadLossOptions,
+    VocabShard,
+    ZLoss,
+)
 from torchtitan_liger.head_loss.chunking import MIB
 from torchtitan_liger.liger_api import (
     LigerHeadLoss,
@@ -55,6 +61,20 @@ def test_liger_is_as_exact_as_full_logits(settings, dtype, reduction):
     floor = 4 * torch.finfo(torch.float32).eps
     for name, error in ours.items():
         assert error <= max(2 * stock[name], floor), (name, ours, stock)
+
+
+def test_the_weights_gradient_is_summed_in_the_dtype_that_was_asked_for():
+    problem = Problem(T=512, D=4, V=4096, ignored=0.0).rounded(torch.bfloat16)
+    truth = problem.run(full_logits())
+
+    def error(acc_dtype):
+        options = HeadLossOptions(acc_dtype=acc_dtype, logits_memory_mib=1)
+        head_loss = LigerHeadLoss(options=options)
+        assert head_loss.plan(512, 4, 4096, torch.bfloat16, DEVICE).num_chunks == 4
+        run = problem.run(lambda *xs: head_loss(*xs).loss, torch.bfloat16, DEVICE)
+        return run.errors(truth)["d_weight"]
+
+    assert 1.02 * error(torch.float32) < error(torch.bfloat16)
 
 
 def test_float16_is_refused():

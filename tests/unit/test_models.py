@@ -143,6 +143,31 @@ def test_another_head_stays_as_it_is(head):
     assert torch.equal(model(hidden), head(hidden))
 
 
+class Bounded(nn.Module):
+    """Bounds its logits where the batch says so."""
+
+    def __init__(self, args: object) -> None:
+        super().__init__()
+        self.output = nn.Linear(4, 8, bias=False)
+
+    def forward(self, hidden: torch.Tensor, bound: float | None = None) -> torch.Tensor:
+        logits = self.output(hidden)
+        return logits.float() if bound is None else bound * (logits / bound).tanh()
+
+
+def test_what_a_decoder_means_for_logits_is_not_done_to_hidden_states():
+    model = with_hidden_states(Bounded)(None)
+    hidden = torch.randn(2, 4)
+    hidden[0, 0] = torch.nan
+    narrow = hidden.bfloat16()
+    got = model(narrow, return_hidden_states=True)
+    torch.testing.assert_close(got, narrow.float(), rtol=0, atol=0, equal_nan=True)
+    for bound in (0.5, 30.0):
+        with pytest.raises(ValueError, match="changes the logits .* logit_softcap"):
+            model(hidden, bound=bound, return_hidden_states=True)
+    assert isinstance(model.output, LMHead)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "flex", "varlen"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_validation_makes_masks_where_attention_takes_them(

@@ -31,17 +31,21 @@ def prepare(
     labels: torch.Tensor,
     *,
     normalizer: torch.Tensor | float,
-    vocab_size: int,
+    vocab_size: int | None,
     ignore_index: int,
     check_labels: bool,
 ) -> Call:
     """Check the arguments of `HeadLoss.__call__`.
+
+    Args:
+        vocab_size: None for as many as `weight` has rows.
 
     Raises:
         ValueError: where shapes, dtypes, devices, the normalizer or, with `check_labels`,
             the labels do not fit; the message holds what was got.
     """
     _check_tensors(hidden, weight, labels)
+    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     if check_labels and not torch.compiler.is_compiling():
         check_label_range(labels, vocab_size, ignore_index)
     dtype = products_dtype(hidden, weight)
@@ -74,8 +78,10 @@ def per_token(
     """
     flat = {}
     for name, tensor in inputs.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name} must be a tensor like labels, got {tensor!r}")
+        if not isinstance(tensor, torch.Tensor) or tensor.is_complex():
+            raise ValueError(
+                f"{name} must be a real tensor like labels, got {_kind(tensor)}"
+            )
         more = name in with_extra_dim
         leading = tensor.shape[: labels.ndim] if more else tensor.shape
         fits = leading == labels.shape and tensor.ndim == labels.ndim + more
@@ -104,10 +110,13 @@ def row_inputs_of(
     missing = [name for name in wanted if name not in given]
     unknown = [name for name in given if name not in wanted]
     if missing or unknown:
+        problems = [
+            *(f"{name} is not given" for name in missing),
+            *(f"{name} is read by none of them" for name in unknown),
+        ]
         raise ValueError(
-            f"the terms read the inputs {', '.join(wanted) or '(none)'}: "
-            f"{', '.join(missing or unknown)} is "
-            f"{'not given' if missing else 'read by none of them'}"
+            f"the terms read the inputs {', '.join(wanted) or '(none)'}, which are in "
+            f"their `inputs`: {', '.join(problems)}"
         )
     rows = per_token(given, labels, with_extra_dim=("candidates",))
     if torch.is_grad_enabled() and (
@@ -177,6 +186,10 @@ def check_candidates(
             f"{candidates_TK[bad_TK][0].item()}"
         )
     return call._replace(scale=call.scale.masked_fill(bad_TK.any(), torch.nan))
+
+
+def _kind(x: object) -> str:
+    return f"one of {x.dtype}" if isinstance(x, torch.Tensor) else f"{type(x)}"
 
 
 def check_integers(name: str, tensor: torch.Tensor) -> None:
@@ -274,6 +287,8 @@ def _check_tensors(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
 ) -> None:
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, got {_kind(tensor)}")
         if isinstance(tensor, DTensor):
             raise ValueError(
                 f"{name} is a DTensor; pass its local tensor, with "

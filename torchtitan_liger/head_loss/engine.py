@@ -152,8 +152,8 @@ class HeadLoss:
             normalizer: the loss is the sum over tokens divided by this: a number or a
                 tensor of one element on any device. Zero counts as one, so a batch
                 without any label has loss 0 and gradients 0.
-            token_weights: [...] factor of each token's loss, all terms alike; its
-                gradient is exact.
+            token_weights: [...] factor of each token's loss, all terms alike, with an
+                exact gradient. Tokens of weight 0 are computed, and count in the metrics.
             reduction: "none" gives [...] losses. Their gradients are exact for any
                 incoming gradient, at the price of computing the logits twice.
             shard: which columns `weight` holds, when the vocabulary is sharded. The
@@ -167,7 +167,8 @@ class HeadLoss:
                 the loss NaN.
             num_labeled: how many labels are not ignored, from a caller that knows. The
                 other tokens then cost neither time nor memory; without it they do on a
-                GPU with `check_labels=False`. A wrong number makes the loss NaN.
+                GPU with `check_labels=False`, and under torch.compile. A wrong number
+                makes the loss NaN.
             row_inputs: [...] numbers for each token that a term asks for by name, without
                 gradient; `candidates` is [..., K] int64 or int32.
 
@@ -178,17 +179,16 @@ class HeadLoss:
         """
         if reduction not in ("sum", "none"):
             raise ValueError(f'reduction must be "sum" or "none", got {reduction!r}')
-        num_columns = weight.shape[0]
-        vocab_size = num_columns if shard is None else shard.vocab_size
         call = prepare(
             hidden,
             weight,
             labels,
             normalizer=normalizer,
-            vocab_size=vocab_size,
+            vocab_size=None if shard is None else shard.vocab_size,
             ignore_index=self.options.ignore_index,
             check_labels=check_labels,
         )
+        vocab_size = weight.shape[0] if shard is None else shard.vocab_size
         if token_weights is not None:
             if reduction == "none":
                 raise ValueError(
@@ -227,7 +227,7 @@ class HeadLoss:
         if teacher is not None:
             if not isinstance(teacher, Teacher):
                 raise ValueError(f"teacher must be a Teacher, got {type(teacher)}")
-            teacher = teacher.flat(labels.shape, num_columns)
+            teacher = teacher.flat(labels.shape, weight.shape[0])
 
         kept_N, scale, all_labeled = kept_rows(call, check_labels, num_labeled)
         if self.impl == "reference":

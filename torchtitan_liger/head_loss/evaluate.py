@@ -196,10 +196,15 @@ def _by_autograd(
         stats = stats._replace(**leaves)
         loss_C = torch.zeros_like(weight_C)
         for term in terms:
-            loss_C = loss_C + term.weight * _loss(term, stats, inputs)
+            term_C = _loss(term, stats, inputs)
+            if not term_C.requires_grad:
+                raise ValueError(
+                    f"the term {term.name} has a weight of {term.weight}, but no statistic "
+                    f"with a gradient in it ({', '.join(sorted(WITHOUT_GRADIENT))} have "
+                    "none): with a weight of 0 it is reported alone"
+                )
+            loss_C = loss_C + term.weight * term_C
         loss = (torch.where(inputs.valid, loss_C, 0.0) * weight_C).sum()
-    if not loss.requires_grad:
-        return {}
     grads = torch.autograd.grad(loss, [leaves[n] for n in wanted], allow_unused=True)
     # Where a masked row holds an infinite number, autograd gives 0 * inf.
     return {
@@ -243,8 +248,12 @@ def _loss(term: Term, stats: Statistics, inputs: TermInputs) -> torch.Tensor:
         got = list(loss_C.shape) if isinstance(loss_C, torch.Tensor) else loss_C
         raise ValueError(
             f"the term {term.name} must give one loss for each token, a tensor "
-            f"{list(stats.logp.shape)}, got {got}; an optional statistic is None unless it is in "
-            "the term's `needs`"
+            f"{list(stats.logp.shape)}, got {got}"
+            + (
+                "; an optional statistic is None unless it is in the term's `needs`"
+                if loss_C is None
+                else ": a mean over tokens is for a SequenceTerm"
+            )
         )
     return loss_C.to(stats.logp.dtype)  # whatever dtype its own numbers have
 

@@ -32,6 +32,8 @@ def linear_cross_entropy(
     acc_dtype: torch.dtype = torch.float32,
     logits_memory_mib: int = 0,
     tp_group: dist.ProcessGroup | None = None,
+    check_labels: bool = True,
+    num_labeled: int | None = None,
 ) -> torch.Tensor:
     """Cross entropy of `hidden @ weight.T` against `labels`, without the logits:
 
@@ -53,6 +55,9 @@ def linear_cross_entropy(
             is then this rank's [v, D], `hidden` and `labels` are the same on all ranks,
             and so are the loss and the gradient of `hidden`. The first call with a
             weight exchanges the shards' sizes.
+        check_labels, num_labeled: as of `HeadLoss.__call__`. With `check_labels=False`
+            nothing waits for the GPU; then, and under torch.compile, tokens without a
+            label are only dropped if `num_labeled` says how many have one.
 
     The other settings are the fields of `HeadLossOptions`.
 
@@ -99,6 +104,8 @@ def linear_cross_entropy(
         token_weights=token_weights,
         reduction="none" if reduction == "none" else "sum",
         shard=shard,
+        check_labels=check_labels,
+        num_labeled=num_labeled,
     ).loss
 
 

@@ -250,8 +250,8 @@ class Unlikelihood(Term):
     inputs = frozenset({"candidates"})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.floor < 1:
-            raise ValueError(f"floor must be in [0, 1), got {self.floor}")
+        if not 0 < self.floor < 1:  # at 0, a certain candidate has an infinite slope
+            raise ValueError(f"floor must be in (0, 1), got {self.floor}")
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         assert stats.logp_k is not None
@@ -340,7 +340,9 @@ def check_terms(terms: Sequence[Term]) -> None:
             raise ValueError(f"`needs` and `inputs` of {term} must be sets of names")
     names = [getattr(term, "name", None) for term in terms]
     if None in names:
-        raise ValueError(f"a term needs a name, got {terms[names.index(None)]!r}")
+        raise ValueError(
+            f'a term needs a name (name: str = "..."), got {terms[names.index(None)]!r}'
+        )
     if not names:
         raise ValueError("a head loss needs at least one term")
     if len(set(names)) < len(names):

@@ -205,6 +205,9 @@ def test_an_unchecked_label_that_is_no_token_id_makes_the_loss_nan():
         ({"labels": torch.zeros(4)}, "int64 or int32, got torch.float32"),
         ({"labels": torch.zeros(4).to(torch.int16)}, "got torch.int16"),
         ({"weight": torch.zeros(8)}, r"weight must be \[V, D\], got \(8,\)"),
+        ({"weight": torch.zeros(())}, r"weight must be \[V, D\], got \(\)"),
+        ({"weight": [[0.0]]}, "weight must be a tensor, got .*list"),
+        ({"token_weights": torch.full((4,), 1j)}, "must be a real .*complex64"),
         ({"hidden": torch.zeros(4, 8).bfloat16()}, "bfloat16 and weight is .*float32"),
         (
             {"hidden": torch.zeros(4, 8).long()},
@@ -311,6 +314,19 @@ def test_a_wrong_number_of_labels_makes_the_loss_nan(impl, reduction, counted):
     out = HeadLoss(impl=impl)(*args, reduction=reduction, num_labeled=counted)
     assert out.loss.isnan().all()
     assert all(x.isnan() for x in out.metrics.values())
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_who_knows_the_labels_need_not_have_them_looked_at(impl):
+    problem = Problem(T=64, ignored=0.5)
+    count = int((problem.labels != -100).sum())
+    looked = problem.run(partial(linear_cross_entropy, impl=impl))
+    settings = {"check_labels": False, "num_labeled": count, "impl": impl}
+    known = problem.run(partial(linear_cross_entropy, **settings))
+    assert max(known.errors(looked).values()) < 1e-14
+    problem.labels[3] = problem.V
+    wrong = problem.run(partial(linear_cross_entropy, impl=impl, check_labels=False))
+    assert wrong.loss.isnan()
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])

@@ -77,7 +77,8 @@ def own(**attributes):
         ),
         (lambda: HeadLoss([type("Own", (Term,), {"weight": 1.0})()]), "needs a name"),
         (lambda: Focal(float("nan")), "at least 0 and finite, got nan"),
-        (lambda: Unlikelihood(floor=1.0), r"in \[0, 1\), got 1.0"),
+        (lambda: Unlikelihood(floor=1.0), r"in \(0, 1\), got 1.0"),
+        (lambda: Unlikelihood(floor=0.0), r"in \(0, 1\), got 0.0"),
         (lambda: PolicyGradient(dual_clip=float("nan")), "above 1, got nan"),
         (lambda: PolicyGradient(importance_cap=float("nan")), "positive, got nan"),
         (lambda: Preference(beta=float("nan")), "positive, got nan"),
@@ -139,7 +140,7 @@ def test_row_inputs_must_be_like_the_labels():
     with pytest.raises(ValueError, match="advantages is not given"):
         head(*call)
     with pytest.raises(
-        ValueError, match=r"inputs \(none\): token_weight is read by none"
+        ValueError, match=r"inputs \(none\), .*token_weight is read by none"
     ):
         HeadLoss()(*call, token_weight=torch.ones(257))
     head = HeadLoss([Unlikelihood()])
@@ -236,7 +237,8 @@ class Returns(Term):
 )
 def test_a_term_gives_one_loss_for_each_token(make, shape):
     problem = Problem(T=5, D=16, V=101, ignored=0)
-    with pytest.raises(ValueError, match=rf"mine must give .*\[5\], got {shape}"):
+    hint = "`needs`" if shape == "None" else "SequenceTerm"
+    with pytest.raises(ValueError, match=rf"mine must .*\[5\], got {shape}.*{hint}"):
         HeadLoss([Returns(make)])(problem.hidden, problem.weight, problem.labels)
 
 
@@ -308,5 +310,15 @@ def test_what_is_no_tensor_of_token_ids_is_an_error():
         ValueError, match=r"candidates must be int64 .* got torch.float"
     ):
         HeadLoss([Unlikelihood()])(*args, candidates=torch.zeros(5, 2))
-    with pytest.raises(ValueError, match="advantages must be a tensor .* got 1.0"):
-        HeadLoss([PolicyGradient("reinforce")])(*args, advantages=1.0)
+    for advantages, got in ((1.0, "float"), (torch.full((5,), 1j), "complex64")):
+        with pytest.raises(ValueError, match=f"advantages must be a real .*{got}"):
+            HeadLoss([PolicyGradient("reinforce")])(*args, advantages=advantages)
+
+
+def test_a_term_with_a_weight_has_a_gradient():
+    problem = Problem(T=5, D=16, V=101, ignored=0)
+    args = problem.hidden.requires_grad_(), problem.weight, problem.labels
+    read = (lambda s, _: -s.max_logp, lambda s, _: s.logp)
+    HeadLoss([CrossEntropy(), Reads(*read, 0.0)])(*args)
+    with pytest.raises(ValueError, match="mine has a weight of 0.5, but no .*max_logp"):
+        HeadLoss([CrossEntropy(), Reads(*read, 0.5)])(*args)

@@ -216,7 +216,7 @@ class HeadLoss:
     """Bound of the logits by tanh (Gemma 2 uses 30). 0: off."""
 
     temperature: float = 1.0
-    """Divides the logits, after the softcap."""
+    """Divides the logits, after the softcap; a teacher's logits too."""
 
     cross_entropy: CrossEntropy = field(default_factory=CrossEntropy)
     z_loss: ZLoss = field(default_factory=ZLoss)

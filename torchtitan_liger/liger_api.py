@@ -54,6 +54,7 @@ class LigerStatus:
 
 def liger_status(device_type: str) -> LigerStatus:
     """Look at the installed Liger-Kernel, for tensors on `device_type`."""
+    on_cpu = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
     try:
         version = importlib.metadata.version("liger-kernel")
     except importlib.metadata.PackageNotFoundError:
@@ -69,13 +70,14 @@ def liger_status(device_type: str) -> LigerStatus:
     # An import that compiles and looks for devices can raise anything.
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "liger_kernel":
-            return LigerStatus(False, INSTALL_HINT)
+            too = " (on a machine with a GPU: this run is on the CPU)" if on_cpu else ""
+            return LigerStatus(False, INSTALL_HINT + too)
         return LigerStatus(
             False,
             f"Liger-Kernel {version or ''} is installed but its import fails with "
             f"{type(error).__name__}: {error}",
         )
-    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if on_cpu:
         return LigerStatus(
             True,
             "Liger-Kernel's Triton kernels need a GPU; this run is on the CPU",
@@ -147,7 +149,7 @@ class LigerHeadLoss:
             weight,
             labels,
             normalizer=normalizer,
-            vocab_size=weight.shape[0],
+            vocab_size=None,
             ignore_index=self.options.ignore_index,
             check_labels=check_labels,
         )

@@ -84,7 +84,8 @@ class LMHead(nn.Linear):
             hidden: [B, L, D] hidden states.
             labels: [B, L] labels, or None for logits.
             head_loss: another loss than the head's own.
-            teacher_logits: [B, L, V] what a distillation learns from.
+            teacher_logits: [B, L, V] what a distillation learns from; the head's
+                temperature divides them as well.
             call: keyword arguments of `HeadLoss.__call__`, such as `normalizer`.
 
         Returns:
@@ -113,7 +114,10 @@ class LMHead(nn.Linear):
         if teacher_logits is not None:
             start = 0 if shard is None else shard.start
             columns = slice(start, start + weight.shape[0])
-            call["teacher"] = Teacher(logits=teacher_logits[..., columns])
+            call["teacher"] = Teacher(
+                logits=teacher_logits[..., columns],
+                temperature=head_loss.options.temperature,
+            )
         return head_loss(hidden, weight, labels, shard=shard, **call)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import itertools
-import sys
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from torchtitan_liger.liger_api import (
 )
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
+LIGER_OPS = "liger_kernel.ops.fused_linear_cross_entropy"
 # Liger's softcap calls libdevice, which Triton's interpreter does not have.
 SOFTCAPS = (0.0, 2.0) if HAS_GPU else (0.0,)
 SETTINGS = [
@@ -75,6 +76,40 @@ def test_the_weights_gradient_is_summed_in_the_dtype_that_was_asked_for():
         return run.errors(truth)["d_weight"]
 
     assert 1.02 * error(torch.float32) < error(torch.bfloat16)
+
+
+@pytest.mark.parametrize("more", [(), (None,), (None, None)])
+def test_each_setting_reaches_liger(monkeypatch, more):
+    """Also of versions whose results have grown in the middle."""
+    given = {}
+
+    def forward(**arguments):
+        given.update(arguments)
+        grads = torch.zeros(5, 4), torch.zeros(7, 4)
+        return torch.tensor(3.0), torch.tensor(1.0), *more, *grads, None
+
+    liger = importlib.import_module(LIGER_OPS)
+    monkeypatch.setattr(liger, "fused_linear_cross_entropy_forward", forward)
+    options = HeadLossOptions(
+        ignore_index=6, logit_softcap=20.0, acc_dtype=torch.bfloat16
+    )
+    terms = [CrossEntropy(0.125), ZLoss(0.5)]
+    hidden = torch.randn(5, 4, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(7, 4, dtype=torch.bfloat16, requires_grad=True)
+    out = LigerHeadLoss(terms, options)(hidden, weight, torch.arange(5))
+    assert (out.loss.item(), out.terms["z_loss"].item()) == (3.0, 2.0)
+    wanted = {
+        "ignore_index": 6,
+        "lse_square_scale": 0.5,
+        "label_smoothing": 0.125,
+        "softcap": 20.0,
+        "return_z_loss": True,
+        "accum_dtype": torch.bfloat16,
+        "compute_gradients": True,
+        "weight_requires_grad": True,
+        "reduction": "sum",
+    }
+    assert {name: given[name] for name in wanted} == wanted
 
 
 def test_float16_is_refused():
@@ -203,7 +238,7 @@ def test_chunk_mem_const_is_the_largest_within_the_budget(shape, budget_mib):
 
 def test_liger_rows_are_ligers_own(monkeypatch):
     """Our formula for Liger's chunks, against the calls that Liger makes."""
-    ops = sys.modules["liger_kernel.ops.fused_linear_cross_entropy"]
+    ops = importlib.import_module(LIGER_OPS)
     kernel, rows = ops.liger_cross_entropy_kernel, []
 
     class Spy:

@@ -6,7 +6,13 @@ from torch import nn
 
 from tests.helpers import Problem
 from torchtitan_liger import lm_head
-from torchtitan_liger.head_loss import HeadLoss, VocabShard, linear_cross_entropy
+from torchtitan_liger.head_loss import (
+    Distillation,
+    HeadLoss,
+    HeadLossOptions,
+    VocabShard,
+    linear_cross_entropy,
+)
 from torchtitan_liger.lm_head import LMHead, changes_logits
 
 
@@ -87,9 +93,18 @@ def test_a_shard_takes_its_columns_of_the_teachers_logits(monkeypatch):
     def head_loss(hidden, weight, labels, **call):
         found.update(call)
 
-    head_loss.impl = "chunked"
+    head_loss.impl, head_loss.options = "chunked", HeadLossOptions(temperature=2.0)
     monkeypatch.setattr(lm_head, "_local_inputs", lambda h, w, _: (h, w, shard))
     logits, labels = torch.randn(2, 3, 21), torch.zeros(2, 3, dtype=torch.long)
     hidden = torch.zeros(2, 3, 4)
     head(hidden, labels, head_loss=head_loss, teacher_logits=logits)
     assert torch.equal(found["teacher"].logits, logits[..., 7:14])
+    assert found["teacher"].temperature == 2
+
+
+def test_who_has_its_teachers_logits_has_nothing_to_learn_at_any_temperature():
+    head = LMHead.from_linear(nn.Linear(4, 7, bias=False))
+    head.head_loss = HeadLoss([Distillation()], HeadLossOptions(temperature=3.0))
+    hidden, labels = torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.long)
+    out = head(hidden, labels, teacher_logits=head(hidden))
+    assert out.loss.abs() < 1e-5

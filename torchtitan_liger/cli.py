@@ -76,7 +76,7 @@ def option_of(argv: Sequence[str], section: str, key: str) -> str | None:
     """What the command line says: the first time, as torchtitan reads it before it parses
     the rest. None where it says nothing."""
     names = {f"--{section}.{key}", f"--{section}.{key.replace('_', '-')}"}
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    for argument, following in zip(argv, [*argv, ""][1:], strict=True):
         name, equals, value = argument.partition("=")
         if name in names:
             return value if equals else following

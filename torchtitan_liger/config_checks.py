@@ -1,4 +1,4 @@
-"""Whether the keys and the values of our sections are ones that exist."""
+"""Whether the keys and the values of a job are ones that exist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from torchtitan_liger.cli import arguments_of, option_of, value_of
 from torchtitan_liger.job_config import HeadLoss, LigerKernel
@@ -17,45 +18,58 @@ from torchtitan_liger.job_config import HeadLoss, LigerKernel
 SECTIONS: dict[str, type] = {"liger_kernel": LigerKernel, "head_loss": HeadLoss}
 
 
-def check_keys(toml: Mapping[str, Any], path: str) -> None:
-    """Look for keys and values in the TOML's sections of ours that do not exist.
+def check_keys(toml: Mapping[str, Any], path: str, configs: Sequence[type]) -> None:
+    """Look for sections, keys and values in the TOML that do not exist.
+
+    Args:
+        configs: the dataclasses that torchtitan merges into one, whose fields are sections.
 
     Raises:
         ValueError: with the key, its value, and the nearest key that exists or what the
             value must be.
     """
-    for name in SECTIONS:
-        others = set(toml) - set(SECTIONS)
-        # Nearly the same: a config module of the user's own may have other sections.
-        for other in difflib.get_close_matches(name, others, cutoff=0.8):
-            raise ValueError(
-                f"{path}: there is no section [{other}]; did you mean {name}?"
-            )
-    compiled = value_of(toml, "training", "compile")
-    if compiled is not None and type(compiled) is not bool:
-        raise ValueError(
-            f"{path}: training.compile is {compiled!r}; it must be true or false"
-        )
-    for name, section in SECTIONS.items():
-        _check_table(toml.get(name, {}), section, name, path)
+    _check_table(toml, configs, "", path)
 
 
-def _check_table(table: Any, section: type, name: str, path: str) -> None:
-    if not isinstance(table, Mapping):
-        raise ValueError(f"{path}: {name} is {table!r}; it must be a section, [{name}]")
-    known = {field.name: field for field in fields(section)}
+def _check_table(
+    table: Mapping[str, Any], kinds: Sequence[type], name: str, path: str
+) -> None:
+    known: dict[str, list[Any]] = {}
+    for kind in kinds:
+        for field in fields(kind):
+            known.setdefault(field.name, []).append(field.type)
     for key, value in table.items():
+        whole = f"{name}.{key}" if name else key
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}."
-            raise ValueError(
-                f"{path}: [{name}] has no key {key} (its value is {value!r}); {hint}"
+            there_is_no = (
+                f"[{name}] has no key {key} (its value is {value!r})"
+                if name
+                else f"there is no section [{key}]"
             )
-        kind = known[key].type
-        if isinstance(kind, type) and is_dataclass(kind):
-            _check_table(value, kind, f"{name}.{key}", path)
-        elif wanted := _unlike(value, kind):
-            raise ValueError(f"{path}: {name}.{key} is {value!r}; it must be {wanted}")
+            raise ValueError(f"{path}: {there_is_no}; {hint}")
+        tables = [x for x in known[key] if isinstance(x, type) and is_dataclass(x)]
+        if tables and isinstance(value, Mapping):
+            _check_table(value, tables, whole, path)
+            continue
+        # A later config overrides an earlier one.
+        wanted = _unlike(value, known[key][-1])
+        if tables:
+            wanted = f"a section, [{whole}]"
+        if wanted:
+            raise ValueError(f"{path}: {whole} is {value!r}; it must be {wanted}")
+
+
+def own_config(argv: Sequence[str], toml: Mapping[str, Any]) -> type | None:
+    """The `JobConfig` of the job's config module, if it names one."""
+    module = _config_module(argv, toml)
+    return importlib.import_module(module).JobConfig if module else None
+
+
+def _config_module(argv: Sequence[str], toml: Mapping[str, Any]) -> str | None:
+    key = "job", "custom_config_module"
+    return option_of(argv, *key) or value_of(toml, *key)
 
 
 def check_config_module(argv: Sequence[str], toml: Mapping[str, Any]) -> None:
@@ -68,15 +82,14 @@ def check_config_module(argv: Sequence[str], toml: Mapping[str, Any]) -> None:
     used = [name for name in SECTIONS if name in toml or arguments_of(argv, name)]
     if not used:
         return
-    key = "job", "custom_config_module"
-    module = option_of(argv, *key) or value_of(toml, *key)
-    config = importlib.import_module(module).JobConfig if module else None
+    config = own_config(argv, toml)
     known = {field.name for field in fields(config)} if config else set()
     for name in used:
         if name not in known:
             raise ValueError(
-                f"job.custom_config_module is {module!r}, whose JobConfig has no section "
-                f"{name}: derive it from torchtitan_liger.job_config.JobConfig"
+                f"job.custom_config_module is {_config_module(argv, toml)!r}, whose "
+                f"JobConfig has no section {name}: derive it from "
+                "torchtitan_liger.job_config.JobConfig"
             )
 
 
@@ -127,19 +140,29 @@ def check_values(section: Any, name: str) -> None:
             raise ValueError(f"{key} is {value!r}; it must be {wanted}")
 
 
+NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a string",
+}
+
+
 def _unlike(value: Any, kind: Any) -> str | None:
-    """What a value should be, if it is not."""
+    """What a value should be, if it is not and that is easily said."""
+    if get_origin(kind) in (Union, UnionType):
+        kinds = [k for k in get_args(kind) if k is not type(None)]
+        if len(kinds) > 1 or (value is None and len(kinds) < len(get_args(kind))):
+            return None
+        (kind,) = kinds
     if get_origin(kind) is Literal:
         choices = get_args(kind)
         return None if value in choices else f"one of {', '.join(map(repr, choices))}"
-    if kind is bool:
-        return None if type(value) is bool else "true or false"
-    if value is None and type(None) in get_args(kind):
-        return None
-    if kind is int:
-        return None if type(value) is int else "a whole number"
-    is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return None if is_number else "a finite number"
+    if kind is float:
+        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
+    else:
+        fits = kind not in NAMES or type(value) is kind
+    return None if fits else NAMES[kind]
 
 
 @contextmanager

@@ -212,7 +212,7 @@ RULES = (
     ),
     Rule(
         "a train spec with its own loss, or a model that changes its logits after the head",
-        "refused when the trainer is built, or by the preflight",
+        "refused when the trainer is built, by the preflight, or in the first step",
     ),
     Rule(
         "tied embeddings with tensor parallelism",
@@ -350,23 +350,12 @@ def _requested(job: JobConfig) -> HeadLossPlan:
 
 
 def settings(job: JobConfig) -> job_config.LigerKernel:
-    """The section `[liger_kernel]`.
-
-    Raises:
-        ValueError: when the job was parsed without our config module.
-    """
-    config = getattr(job, "liger_kernel", None)
-    if config is None:
-        raise ValueError(
-            "the job config has no section liger_kernel: set job.custom_config_module "
-            'to "torchtitan_liger.job_config", or to a module whose JobConfig has a '
-            "field liger_kernel of that class"
-        )
-    return config
+    """The section `[liger_kernel]`; its defaults where a config module of the user's own has
+    none (`check_config_module` looks whether it is used)."""
+    return getattr(job, "liger_kernel", job_config.LigerKernel())
 
 
 def _head_loss(job: JobConfig) -> job_config.HeadLoss:
-    # A config module of the user's own may have the section liger_kernel alone.
     return getattr(job, "head_loss", job_config.HeadLoss())
 
 

@@ -63,8 +63,8 @@ def register_datasets(text_field: str = "text") -> None:
     The datasets raise, when a dataloader is built from them:
         FileNotFoundError: no file at a `dataset_path`, no match for a glob, no Python
             sources in a folder.
-        ValueError: no `dataset_path`, a folder, no documents, or a faulty line. The
-            message gives the file and the line number.
+        ValueError: no `dataset_path`, a folder for a file or a file for a folder, no
+            documents, or a faulty line. The message gives the file and the line number.
     """
     stdlib = sysconfig.get_paths()["stdlib"]
     loaders = {
@@ -89,6 +89,20 @@ def build_text_dataloader(
     with explain_empty_shard(job_config.training.dataset, dp_rank, dp_world_size):
         return text_datasets.build_text_dataloader(
             dp_world_size, dp_rank, tokenizer, job_config, infinite
+        )
+
+
+def check_text_field(job: JobConfig, text_field: str) -> None:
+    """
+    Raises:
+        ValueError: for a `training.text_field` where no dataset is `jsonl`.
+    """
+    used = {job.training.dataset, job.validation.dataset}
+    if text_field != "text" and "jsonl" not in used:
+        raise ValueError(
+            f"training.text_field is {text_field!r}, which only the dataset jsonl reads, "
+            f'but training.dataset is {job.training.dataset!r}: set it to "jsonl", or '
+            "leave training.text_field out"
         )
 
 
@@ -118,6 +132,11 @@ def explain_empty_shard(
 
 
 def _load_sources(folder: str, validation: bool) -> Dataset:
+    if os.path.isfile(folder):
+        raise ValueError(
+            f"dataset_path {folder!r} is a file, where a folder of Python sources is "
+            'wanted: for a JSON Lines file set dataset = "jsonl"'
+        )
     # The hash of a file's place in the folder both splits and orders: alike on every
     # machine, and files of one package end up on different ranks.
     paths = {

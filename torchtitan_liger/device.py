@@ -50,6 +50,21 @@ def prepare() -> str:
     return "cpu"
 
 
+def switch_off_what_needs_one(job: Any) -> list[str]:
+    """Switch off the options of a `JobConfig` for which torchtitan 0.2.2 needs an
+    accelerator; those that were on."""
+    found = []
+    for section, key in (
+        ("profiling", "enable_profiling"),
+        ("profiling", "enable_memory_snapshot"),
+        ("training", "gc_debug"),
+    ):
+        if getattr(getattr(job, section), key):
+            setattr(getattr(job, section), key, False)
+            found.append(f"{section}.{key}")
+    return found
+
+
 def let_gloo_finish() -> None:
     """Wait until Gloo's threads have let go of what the last collectives worked on.
 

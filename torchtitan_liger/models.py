@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -135,6 +137,7 @@ def train_spec(name: str) -> torchtitan_specs.TrainSpec:
         model_cls=with_hidden_states(stock.model_cls),
         model_args={**EXTRA_FLAVORS.get(name, {}), **stock.model_args},
         parallelize_fn=partial(parallelize, stock.parallelize_fn),
+        build_tokenizer_fn=partial(_build_tokenizer, stock.build_tokenizer_fn),
         build_dataloader_fn=_build_dataloader,
         build_validator_fn=validator.build,
     )
@@ -167,6 +170,22 @@ def check_spec(name: str) -> None:
             f"{getattr(loss, '__qualname__', loss)}, which the head would not compute: say "
             f"it in [head_loss], or turn the fused loss off ({FLAG_OFF})"
         )
+
+
+def _build_tokenizer(
+    build: Callable[[JobConfig], BaseTokenizer], job_config: JobConfig
+) -> BaseTokenizer:
+    """
+    Raises:
+        ValueError: where there is no folder of a tokenizer.
+    """
+    path = job_config.model.hf_assets_path
+    if not os.path.isdir(path):
+        raise ValueError(
+            f"model.hf_assets_path is {path!r}, which is no folder: give the one of the "
+            "tokenizer (ours, of 16,384 token ids, is torchtitan_liger/assets/tokenizer)"
+        )
+    return build(job_config)
 
 
 def _build_dataloader(

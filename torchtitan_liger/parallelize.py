@@ -7,6 +7,7 @@ own layout: vocabulary sharded under tensor parallelism, an FSDP group of its ow
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +31,34 @@ from torchtitan.tools.utils import device_module, device_type
 from torchtitan_liger.cli import FLAG_OFF
 from torchtitan_liger.config_validator import resolve
 from torchtitan_liger.lm_head import LMHead
+
+
+def check_degrees(job: JobConfig, world_size: int) -> None:
+    """
+    Raises:
+        ValueError: for degrees that leave no whole number of ranks to FSDP, which
+            torchtitan only asserts.
+    """
+    config = job.parallelism
+    degrees = {
+        name: getattr(config, name)
+        for name in (
+            "data_parallel_replicate_degree",
+            "context_parallel_degree",
+            "tensor_parallel_degree",
+            "pipeline_parallel_degree",
+        )
+    }
+    product = math.prod(degrees.values())
+    if config.data_parallel_shard_degree >= 0 or (
+        product and world_size % product == 0
+    ):
+        return
+    named = ", ".join(f"{n} = {d}" for n, d in degrees.items() if d != 1)
+    raise ValueError(
+        f"there are {world_size} processes (NGPU), which is no multiple of the degrees of "
+        f"parallelism: {named}"
+    )
 
 
 def parallelize(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 
 from torchtitan_liger import device
@@ -33,18 +34,21 @@ def main(register: Callable[[], None] | None = None) -> None:
 
 
 def _train() -> None:
+    from torchtitan.config import JobConfig
     from torchtitan.train import main as torchtitan_main
 
     from torchtitan_liger.config_checks import (
         check_config_module,
         check_keys,
         check_weights,
+        own_config,
     )
     from torchtitan_liger.trainer import LigerTrainer
 
     path, toml = read_toml(sys.argv[1:])
     check_config_module(sys.argv[1:], toml)
-    check_keys(toml, path)
+    own = own_config(sys.argv[1:], toml)
+    check_keys(toml, path, [JobConfig] if own is None else [JobConfig, own])
     check_weights(sys.argv[1:], toml, path)
     check_options()
     torchtitan_main(LigerTrainer)
@@ -69,8 +73,24 @@ def check_options() -> None:
         sys.stderr.write(before)
         lines = (line.strip(" ╮╰╯│─") for line in box.splitlines())
         title, *others = filter(None, lines) if corner else (before,)
-        raise ValueError("\n".join(others) or title) from None
+        text = "\n".join(others) or title
+        raise ValueError(text + value_of_a_switch(sys.argv[1:], text)) from None
     sys.stderr.write(said.getvalue())  # of a config module, which is read once
+
+
+def value_of_a_switch(argv: Sequence[str], said: str) -> str:
+    """What to do about a word that follows a switch and that nobody recognizes."""
+    match = re.search(r"[Uu]nrecognized options?: ([^-\s]\S*)", said)
+    if match is None or match[1] not in argv[1:]:
+        return ""
+    switch = argv[argv.index(match[1], 1) - 1]
+    if not switch.startswith("--") or "=" in switch:
+        return ""
+    section, _, key = switch.rpartition(".")
+    return (
+        f"\n{switch} takes no such value: leave out {match[1]}, or turn it off with "
+        f"{section}.no-{key}"
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,10 +18,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.tools.logging import logger
-from torchtitan.tools.utils import device_module
+from torchtitan.tools.utils import device_module, device_type
 from torchtitan.train import Trainer
 
-from torchtitan_liger import data, models
+from torchtitan_liger import data, device, models
 from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
 from torchtitan_liger.config_validator import head_loss_settings, model_args, resolve
 from torchtitan_liger.head_loss.calls import check_label_range
@@ -28,7 +29,12 @@ from torchtitan_liger.head_loss.chunking import MIB
 from torchtitan_liger.head_loss_plan import FOR_TERMS, NUM_LABELED, TOKEN_WEIGHTS
 from torchtitan_liger.head_loss_report import HeadLossReport
 from torchtitan_liger.lm_head import LMHead
-from torchtitan_liger.parallelize import early_gather, gather_last_norm, shard_last_norm
+from torchtitan_liger.parallelize import (
+    check_degrees,
+    early_gather,
+    gather_last_norm,
+    shard_last_norm,
+)
 from torchtitan_liger.preflight import check_head
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -46,8 +52,14 @@ class LigerTrainer(Trainer):
             importlib.import_module(module)  # may register what follows looks up
         models.register(job_config.model.name)
         model_args(job_config)  # raises for a flavor that does not exist
+        if device_type == "cpu":
+            for option in device.switch_off_what_needs_one(job_config):
+                logger.warning(f"{option} is switched off: it needs a GPU")
+        check_degrees(job_config, int(os.environ.get("WORLD_SIZE", 1)))
         # A config module of the user's own may have the section liger_kernel alone.
-        data.register_datasets(getattr(job_config.training, "text_field", "text"))
+        text_field = getattr(job_config.training, "text_field", "text")
+        data.check_text_field(job_config, text_field)
+        data.register_datasets(text_field)
         # Before any model is built.
         self.head_loss_plan = resolve(job_config)
         self.head_loss_report = HeadLossReport()
@@ -301,7 +313,11 @@ class LigerTrainer(Trainer):
 def explain_checkpoint(error: CheckpointException) -> str:
     """What went wrong, and the way out where a finished run is to go on."""
     reasons = [reason for reason, _ in error.failures.values()]
-    text = "; ".join({f"{type(reason).__name__}: {reason}": None for reason in reasons})
+    said = [
+        str(x) if type(x) is RuntimeError else f"{type(x).__name__}: {x}"
+        for x in reasons
+    ]
+    text = "; ".join(dict.fromkeys(said))
     # What torchtitan loads first of what a model alone has not.
     if re.search(
         r"Missing key .*: (dataloader|lr_scheduler|optimizer|train_state)", text

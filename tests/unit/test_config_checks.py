@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import make_dataclass
+from functools import partial
 
+import pytest
+from torchtitan.config import JobConfig
+
+from torchtitan_liger import config_checks, job_config
 from torchtitan_liger.config_checks import (
     check_config_module,
-    check_keys,
     check_values,
     check_weights,
 )
 from torchtitan_liger.job_config import HeadLoss, LigerKernel
+
+check_keys = partial(
+    config_checks.check_keys, configs=[JobConfig, job_config.JobConfig]
+)
 
 
 def test_an_unknown_key_is_named_with_its_value_and_its_neighbour():
@@ -70,7 +78,43 @@ def test_compile_is_true_or_false(value):
 
 
 def test_sections_of_a_users_own_config_module_are_none_of_our_business():
-    check_keys({"loss": {}, "moe_loss": {}, "dpo_loss": {}, "head": {}}, "a.toml")
+    own = make_dataclass("JobConfig", [("head", make_dataclass("Head", [("x", set)]))])
+    configs = [JobConfig, job_config.JobConfig, own]
+    config_checks.check_keys({"head": {"x": "any"}}, "a.toml", configs)
+    with pytest.raises(ValueError, match=r"a.toml: \[head\] has no key y "):
+        config_checks.check_keys({"head": {"y": 1}}, "a.toml", configs)
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ({"trainin": {}}, r"no section \[trainin\]; did you mean training\?"),
+        ({"zzz": {}}, r"no section \[zzz\]; it has job, .*liger_kernel"),
+        ({"training": {"stepz": 3}}, r"no key stepz .*3.*; did you mean steps\?"),
+        ({"training": {"steps": "x"}}, "training.steps is 'x'; .* a whole number"),
+        ({"training": {"steps": 2.5}}, "training.steps is 2.5; .* a whole number"),
+        ({"optimizer": {"lr": "1e-3"}}, "optimizer.lr is '1e-3'; .* a finite number"),
+        ({"model": {"name": 3}}, "model.name is 3; it must be a string"),
+        ({"training": 3}, r"training is 3; it must be a section, \[training\]"),
+        (
+            {"training": {"mixed_precision_param": "fp8"}},
+            "mixed_precision_param is 'fp8'; .* 'bfloat16', 'float32'",
+        ),
+    ],
+)
+def test_torchtitans_own_keys_and_values_are_named_with_the_file(toml, message):
+    with pytest.raises(ValueError, match=f"a.toml: .*{message}"):
+        check_keys(toml, "a.toml")
+
+
+def test_what_torchtitan_understands_is_left_alone():
+    toml = {
+        "training": {"steps": 3, "max_norm": 1, "dataset_path": "x"},
+        "optimizer": {"lr": 1},
+        "model": {"converters": ["float8"]},
+        "quantize": {"linear": {"float8": {"filter_fqns": ["output"]}}},
+    }
+    check_keys(toml, "a.toml")
 
 
 def test_an_unknown_key_in_a_nested_table_is_named_as_well():

@@ -18,6 +18,7 @@ from torchtitan.hf_datasets import DatasetConfig, text_datasets
 import torchtitan_liger.data
 from torchtitan_liger.data import (
     build_text_dataloader,
+    check_text_field,
     explain_empty_shard,
     register_datasets,
 )
@@ -419,3 +420,22 @@ def test_training_twice_writes_the_same_bytes(tmp_path: Path) -> None:
 def test_an_impossible_vocabulary_is_refused(vocab_size: int, fault: str) -> None:
     with pytest.raises(ValueError, match=f"--vocab-size {vocab_size} is {fault}"):
         train_tokenizer().train(vocab_size)
+
+
+@pytest.mark.parametrize("section", ["training", "validation"])
+def test_a_text_field_is_of_jsonl_alone(section):
+    job = JobConfig()
+    check_text_field(job, "text")
+    with pytest.raises(
+        ValueError, match="text_field is 'body', .*dataset is 'c4_test'"
+    ):
+        check_text_field(job, "body")
+    getattr(job, section).dataset = "jsonl"
+    check_text_field(job, "body")
+
+
+def test_a_file_is_no_folder_of_sources(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match='is a file, .* set dataset = "jsonl"'):
+        text_datasets.DATASETS["stdlib"].loader(str(path))

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torchtitan.tools.utils as torchtitan_utils
+from torchtitan.config import JobConfig
 
 from tests.conftest import HAS_GPU
 from tests.helpers import ROOT, run_command
@@ -76,3 +77,13 @@ def test_a_thread_that_needs_the_gil_gets_it_before_the_interpreter_ends():
     run = run_command(sys.executable, "-c", LATE_THREAD, cwd=ROOT)
     assert run.returncode == 0, run.stdout
     assert run.stdout.endswith("let go\n")
+
+
+def test_what_torchtitan_cannot_do_on_a_cpu_is_switched_off():
+    job = JobConfig()
+    assert device.switch_off_what_needs_one(job) == []
+    job.profiling.enable_profiling = job.training.gc_debug = True
+    found = device.switch_off_what_needs_one(job)
+    assert found == ["profiling.enable_profiling", "training.gc_debug"]
+    assert not job.profiling.enable_profiling
+    assert not job.training.gc_debug

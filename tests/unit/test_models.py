@@ -201,3 +201,10 @@ def test_decoders_keep_their_names():
 def test_other_models_are_refused_by_name():
     with pytest.raises(ValueError, match="model.name is 'flux'.*llama3"):
         train_spec("flux")
+
+
+def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
+    job = JobConfig()
+    job.model.hf_assets_path = str(tmp_path / "none")
+    with pytest.raises(ValueError, match="model.hf_assets_path is .*none'.* no folder"):
+        train_spec("llama3").build_tokenizer_fn(job)

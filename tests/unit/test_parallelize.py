@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from torchtitan.config import ConfigManager
+from torchtitan.config import ConfigManager, JobConfig
 
 from torchtitan_liger import models, parallelize
 from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
 from torchtitan_liger.lm_head import LMHead
+from torchtitan_liger.parallelize import check_degrees
 
 
 class Quantized(torch.Tensor):
@@ -95,3 +96,32 @@ def parallelize_with(shard_decoder, model, job):
     model.tok_embeddings = nn.Embedding(16, 8)
     dims = SimpleNamespace(tp_enabled=False)
     parallelize.parallelize(shard_decoder, model, dims, job)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "world_size", "message"),
+    [
+        ({"tensor": 2, "context": 2}, 4, None),
+        ({"tensor": 2}, 8, None),
+        ({"data_parallel_shard": 3}, 2, None),  # torchtitan says what is wrong
+        ({"tensor": 3}, 2, "2 processes .* tensor_parallel_degree = 3$"),
+        (
+            {"tensor": 2, "data_parallel_replicate": 2},
+            6,
+            "6 processes .*replicate_degree = 2, tensor_parallel_degree = 2",
+        ),
+        ({"tensor": 0}, 2, "tensor_parallel_degree = 0"),
+    ],
+)
+def test_degrees_that_leave_no_whole_number_of_ranks_are_named(
+    degrees, world_size, message
+):
+    job = JobConfig()
+    for name, degree in degrees.items():
+        key = f"{name}_degree" if "data" in name else f"{name}_parallel_degree"
+        setattr(job.parallelism, key, degree)
+    if message is None:
+        check_degrees(job, world_size)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_degrees(job, world_size)

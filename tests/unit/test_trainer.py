@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import logging
 from types import SimpleNamespace
 
@@ -137,6 +138,70 @@ def test_a_custom_import_comes_before_what_it_registers_is_looked_up(
         trainer("other_loss", **on)
 
 
+def batches_of(trainer, monkeypatch, labels_BL):
+    """What the trainer makes of a data pipeline with one batch."""
+    trainer.model_args = SimpleNamespace(vocab_size=7)
+    trainer.gradient_accumulation_steps = 2
+    trainer.model_parts = [
+        SimpleNamespace(output=LMHead.from_linear(torch.nn.Linear(4, 7, bias=False)))
+    ]
+    monkeypatch.setattr(Trainer, "batch_generator", lambda _self, data: iter(data))
+    batch = {"input": torch.zeros_like(labels_BL)}, labels_BL
+    return list(trainer.batch_generator([batch]))
+
+
+@pytest.mark.parametrize("label", [7, -1])
+def test_a_label_that_is_no_token_id_is_found_on_the_host(trainer, monkeypatch, label):
+    labels_BL = torch.zeros(2, 3, dtype=torch.long)
+    labels_BL[1, 2] = label
+    with pytest.raises(ValueError, match=rf"labels\[1, 2\] is {label}, "):
+        batches_of(trainer, monkeypatch, labels_BL)
+
+
+@pytest.mark.parametrize("cp_enabled", [False, True])
+def test_labels_are_counted_but_for_shares_of_a_sequence(
+    trainer, monkeypatch, cp_enabled
+):
+    """The head drops as many tokens as have no label; a rank that has a part of the
+    sequence does not know how many those are."""
+    labels_BL = torch.tensor([[1, -100, 3, 4], [-100, -100, 6, 0]])
+    ((input_dict, _),) = batches_of(trainer, monkeypatch, labels_BL)
+    share_Bl = torch.tensor([[0, 3], [0, 3]])
+    calls = []
+
+    def lm_head(_self, hidden, labels, **call):
+        calls.append((labels, call))
+        return OUTPUT._replace(loss=hidden.sum())
+
+    def decoder(tokens, *, return_hidden_states, positions=None):
+        return torch.zeros(*tokens.shape, 4, requires_grad=True)
+
+    def post_dataloading_process(input_dict, labels):
+        if not cp_enabled:
+            return input_dict["input"], labels, {}, {}
+        inputs, labels = (x.gather(1, share_Bl) for x in (input_dict["input"], labels))
+        return inputs, labels, {}, {"positions": share_Bl}
+
+    monkeypatch.setattr(LMHead, "forward", lm_head)
+    monkeypatch.setattr("torchtitan_liger.trainer.early_gather", lambda _: lambda: None)
+    decoder.output = trainer.lm_head
+    trainer.model_parts = [decoder]
+    trainer.parallel_dims.cp_enabled = cp_enabled
+    trainer.post_dataloading_process = post_dataloading_process
+    trainer.train_context = contextlib.nullcontext
+    trainer.maybe_enable_amp = contextlib.nullcontext()
+    input_dict["token_weights"] = torch.arange(8.0).view(2, 4)
+    trainer.forward_backward_step(
+        input_dict=input_dict, labels=labels_BL, global_valid_tokens=torch.tensor(5.0)
+    )
+    ((labels, call),) = calls
+    assert call["num_labeled"] == (None if cp_enabled else 5)
+    assert call["normalizer"] == 5
+    expected = [[0, 3], [4, 7]] if cp_enabled else [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert call["token_weights"].tolist() == expected
+    assert labels.tolist() == labels_BL[:, [0, 3] if cp_enabled else slice(4)].tolist()
+
+
 def test_a_head_that_was_not_prepared_is_refused():
     trainer = LigerTrainer.__new__(LigerTrainer)
     trainer.job_config = SimpleNamespace(
@@ -221,7 +286,7 @@ def test_what_a_checkpoint_lacks_is_explained(key, is_of_a_model_alone):
     error = RuntimeError(f"Missing key in checkpoint state_dict: {key}.")
     failures = dict.fromkeys(range(2), (error, None))
     text = explain_checkpoint(CheckpointException("load", failures))
-    assert text.startswith(f"RuntimeError: {error}")
+    assert text.startswith(str(error))
     assert text.count(key) == 1
     assert ("--checkpoint.load_step" in text) == is_of_a_model_alone
 

@@ -27,6 +27,21 @@ log_rank=${LOG_RANK:-0}
 gpus=$(count_gpus)
 ngpu=${NGPU:-$((gpus > 0 ? gpus : 1))}
 
+case $ngpu in
+    gpu | cpu | auto) ;;
+    *[!0-9]* | "" | 0*)
+        echo "$0: NGPU is '$ngpu': how many processes to start, such as 1" >&2
+        exit 1
+        ;;
+esac
+case $module in
+    *.py | */*)
+        echo "$0: TRAIN_FILE is '$module': a module that Python finds, such as my_train" \
+            "for my_train.py in the current folder" >&2
+        exit 1
+        ;;
+esac
+
 help="" config_named=""
 for arg in "$@"; do
     if [ "$config_named" = next ]; then config=$arg config_named=yes; fi

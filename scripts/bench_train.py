@@ -41,7 +41,7 @@ from environment import ROOT
 from provenance import result_file
 from train_table import COLUMNS, Row, Table
 
-from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
+from torchtitan_liger.cli import FLAG_OFF, FLAG_ON, option_of, read_toml, value_of
 from torchtitan_liger.loss_curves import (
     GRAD_NORM,
     LOSS,
@@ -127,6 +127,15 @@ def parse_args() -> argparse.Namespace:
         args.warmup = 1 if searching else 10
     if not 0 <= args.warmup < args.steps:
         parser.error(f"--warmup {args.warmup} leaves none of {args.steps} steps")
+    for config in args.configs:
+        toml = read_toml([f"--job.config_file={config}"])[1]
+        key = "metrics", "log_freq"
+        every = int(option_of(args.overrides, *key) or value_of(toml, *key) or 10)
+        if not searching and args.steps - args.steps % every <= args.warmup:
+            parser.error(
+                f"no step between --warmup {args.warmup} and --steps {args.steps} is "
+                f"logged: metrics.log_freq is {every}; -- --metrics.log_freq 1 logs each"
+            )
     args.grid = args.grid or GRID.get(args.largest)
     args.most = args.most or MOST.get(args.largest)
     args.start = args.start or [START.get(args.largest, 0)]

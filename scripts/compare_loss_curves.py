@@ -23,6 +23,7 @@ from curve_runs import Progress, Trainer
 
 from torchtitan_liger.cli import FLAG_OFF, FLAG_ON, arguments_of, read_toml
 from torchtitan_liger.loss_curves import (
+    LOG_NAME,
     LogFacts,
     Run,
     Runs,
@@ -225,7 +226,11 @@ def reorder(log: LogFacts) -> Reordering:
 
 
 def train_all(args: argparse.Namespace, bounds: Bounds) -> Report:
-    """Train off, on and again, and compare."""
+    """Train off, on and again, and compare.
+
+    Raises:
+        ValueError: when off ends before its first step: as others would, of a typo.
+    """
     details: dict[str, dict[str, str]] = {}
     notes = [
         "Deterministic algorithms and a line of log for each step cost speed; "
@@ -234,6 +239,11 @@ def train_all(args: argparse.Namespace, bounds: Bounds) -> Report:
     with Progress(num_runs=3) as progress:
         trainer = Trainer(args, progress, details)
         off = trainer.train("off", [FLAG_OFF])
+        if off.crash and not off.curves:
+            log = args.output / "off" / LOG_NAME
+            raise ValueError(f"off ended before its first step: {off.crash} ({log})")
+        for again in ("off_again", "on_again"):
+            trainer.forget(again)
         on = trainer.train("on", [FLAG_ON])
         runs = Runs(off, on)
         other = reorder(off.log or LogFacts())

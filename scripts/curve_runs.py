@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from environment import ROOT
 from tqdm import tqdm
@@ -36,12 +35,23 @@ class Trainer:
         self.progress = progress
         self.details = details
 
+    def forget(self, name: str) -> None:
+        """Remove what an earlier comparison left of a run."""
+        if (self.args.output / name / LOG_NAME).is_file():
+            shutil.rmtree(self.args.output / name)
+
     def train(
         self, name: str, changes: Sequence[str], env: Mapping[str, str] | None = None
     ) -> Run:
         """Train once; keep the log, whatever happens."""
         args, folder = self.args, self.args.output / name
-        _clear(folder)
+        self.forget(name)
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(
+                f"{folder} is no run of an earlier comparison (it has no {LOG_NAME}): "
+                "choose another --output"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
         steps = [] if args.steps is None else [f"--training.steps={args.steps}"]
         command = [
             str(ROOT / "run_train.sh"),
@@ -90,18 +100,6 @@ class Trainer:
             self.details[name]["end of the log"] = "".join(tail).rstrip()
         self.progress.end(name, f"crashed: {run.crash}" if run.crash else "finished")
         return run
-
-
-def _clear(folder: Path) -> None:
-    """An empty folder for a run; what an earlier comparison left there is removed."""
-    if (folder / LOG_NAME).is_file():
-        shutil.rmtree(folder)
-    elif folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(
-            f"{folder} is no run of an earlier comparison (it has no {LOG_NAME}): "
-            "choose another --output"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 class Progress:

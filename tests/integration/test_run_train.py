@@ -1,6 +1,7 @@
 """run_train.sh: what reaches the program, with which processes and settings."""
 
 import json
+import re
 
 import pytest
 
@@ -133,6 +134,23 @@ def test_cpu_processes_share_the_cores(shell, repo, run_env, variables, threads)
     done = shell(repo / "run_train.sh", VIRTUAL_ENV=run_env, **variables)
     assert done.stderr == ""
     assert json.loads(done.stdout)["env"]["OMP_NUM_THREADS"] == threads
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("NGPU", "x", "NGPU is 'x': how many processes to start"),
+        ("NGPU", "0", "NGPU is '0'"),
+        ("NGPU", "-1", "NGPU is '-1'"),
+        ("TRAIN_FILE", "my_train.py", "'my_train.py': a module .* my_train"),
+        ("TRAIN_FILE", "jobs/my_train", "'jobs/my_train': a module"),
+    ],
+)
+def test_variables_that_make_no_sense_are_named(shell, repo, variable, value, message):
+    done = shell(repo / "run_train.sh", **{variable: value})
+    assert done.returncode == 1
+    assert re.search(message, done.stderr)
+    assert shell.installs == []
 
 
 def test_the_allocator_setting_is_torchtitans_unless_set(shell, repo, run_env):

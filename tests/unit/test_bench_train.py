@@ -179,7 +179,7 @@ def bench(script, tmp_path, monkeypatch, capfd):
     stub.parent.mkdir()
     stub.write_text(STUB.format(python=sys.executable))
     stub.chmod(0o755)
-    (tmp_path / "job.toml").touch()
+    (tmp_path / "job.toml").write_text("[metrics]\nlog_freq = 1\n")
     monkeypatch.setattr(script, "ROOT", stub.parent)
     monkeypatch.setattr(sys.modules["train_table"], "heading", lambda: "HEADING\n")
     monkeypatch.setenv("STUB_CALLS", str(tmp_path / "calls"))
@@ -346,6 +346,10 @@ def test_a_table_with_other_columns_is_left_alone(bench):
         (["--start", "8"], "belong to --largest"),
         (["--largest", "seq", "--start", "1", "2", "3"], "3 sizes for 2 of --impl"),
         (["--steps", "10"], "--warmup 10 leaves none of 10 steps"),
+        (
+            ["--steps", "4", "--warmup", "1", "--", "--metrics.log_freq=5"],
+            "no step between --warmup 1 and --steps 4 is logged: metrics.log_freq is 5",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(bench, capfd, options, message):

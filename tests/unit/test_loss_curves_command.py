@@ -49,6 +49,8 @@ def prepared_log(name, fault):
         losses = [loss / (1 + accumulation) for loss in losses]
     if accumulation > 1 and fault == "data":
         losses[0] += 1
+    if fault == "typo":
+        return "ValueError: Unrecognized options: --training.sep_len\n"
     if fault == f"crash {name}":
         end = ("Traceback (most recent call last):", "  RuntimeError: planted")
         losses, norms = losses[:3], norms[:3]
@@ -205,6 +207,24 @@ def test_a_crash_of_one_run_is_survived_and_shown(command, name):
     assert "Traceback (most recent call last):" in text
     assert (OUTPUT / "curves.png").exists()
     assert len(result()["runs"]) == 3
+
+
+def test_a_typo_ends_the_comparison_and_leaves_an_earlier_report_alone(command):
+    assert command(*RUN)[0] == 0
+    before = (OUTPUT / "report.md").read_text()
+    code, output = command(*RUN, fault="typo")
+    assert code == 2
+    assert "off ended before its first step: " in output.err
+    assert str(OUTPUT / "off" / "run.log") in output.err
+    assert "on: started" not in output.err
+    assert (OUTPUT / "report.md").read_text() == before
+
+
+def test_runs_of_an_earlier_comparison_are_not_mixed_with_new_ones(command):
+    command(*RUN, fault="chance")
+    assert (OUTPUT / "on_again").exists()
+    assert command(*RUN)[0] == 0
+    assert not (OUTPUT / "on_again").exists()
 
 
 def test_on_that_was_not_on_is_named(command):

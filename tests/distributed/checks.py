@@ -23,6 +23,7 @@ from tests.helpers import Problem, full_logits, relative_error
 
 import torch  # isort: skip
 import torch.distributed as dist  # isort: skip
+import torch.nn.functional as F  # isort: skip
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard  # isort: skip
 from torchtitan.distributed.context_parallel import (  # isort: skip
     prepare_context_parallel_input,
@@ -300,6 +301,44 @@ def weights_changed_by_a_data_pipeline() -> dict[str, Any]:
     }
 
 
+def validation() -> dict[str, list[float]]:
+    """What each layout logs as its validation loss, and what one process has.
+
+    Labels are ignored in other numbers in each batch and on each rank, but for the last
+    layout, whose validation is torchtitan's own: its mean over batches is another.
+    """
+    found = {}
+    for name, layout, ignored in (
+        ("FSDP2", "", True),
+        ("TP", f"{TP}=2", True),
+        ("TP, with logits", f"{TP}=2 liger_kernel.no-validation", False),
+    ):
+        options = (
+            f"{layout} validation.enable validation.dataset=stdlib_validation "
+            f"validation.steps=9 validation.seq_len={matrix.LENGTH}"
+        )
+        case = Case(name, 2, options)
+        groups = matrix.data_groups(case)
+        data = matrix.sequences(matrix.VOCABULARY, groups, groups > 1)
+        if not ignored:
+            data[:, 1] = data[:, 0]
+        logits = matrix.build_model(case)(data[:, 0]).detach()
+        truth = F.cross_entropy(logits.flatten(0, 1).double(), data[:, 1].flatten())
+        trainer = matrix.build_trainer(case, fused=True)
+        rank = dist.get_rank() if groups > 1 else 0
+        validator = trainer.validator
+        validator.validation_dataloader = list(
+            matrix.micro_batches(data, case.micro_batches, rank, groups)
+        )
+        logged: dict[str, Any] = {}
+        validator.metrics_processor.log_validation = logged.update
+        for trainer.step in (1, 2):  # and again, after itself
+            validator.validate(trainer.model_parts, step=trainer.step)
+        found[name] = [float(logged["loss"]), truth.item()]
+        trainer.close()
+    return found
+
+
 CHECKS: tuple[Callable[[], Any], ...] = (
     vocabulary_checks.sharded_vocabulary,
     vocabulary_checks.sharded_terms,
@@ -316,6 +355,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     two_batches_and_one_backward_pass,
     a_backward_pass_that_fails,
     weights_changed_by_a_data_pipeline,
+    validation,
     preflight_checks.preflight_passes,
     preflight_checks.preflight_of_frozen_parts,
     preflight_checks.preflight_compiles_nothing,

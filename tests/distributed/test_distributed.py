@@ -173,6 +173,14 @@ def test_the_last_norm_is_gathered_when_a_data_pipeline_has_changed_it(launch):
 
 
 @pytest.mark.slow
+def test_the_validation_loss_is_that_of_one_process(launch):
+    found = launch("tests.distributed.checks", 2)[0]["validation"]
+    assert set(found) == {"FSDP2", "TP", "TP, with logits"}
+    for name, (loss, truth) in found.items():
+        assert loss == pytest.approx(truth, rel=1e-6), name
+
+
+@pytest.mark.slow
 def test_nothing_of_a_backward_pass_that_failed_is_in_the_next_one(launch):
     error = launch("tests.distributed.checks", 2)[0]["a_backward_pass_that_fails"]
     assert error < 1e-6

@@ -8,13 +8,19 @@ from typing import Literal
 
 import torch
 
-from torchtitan_liger.head_loss import CrossEntropy, HeadLoss, HeadLossOptions, Term
+from torchtitan_liger.head_loss import (
+    CrossEntropy,
+    HeadLoss,
+    HeadLossOptions,
+    SequenceTerm,
+    Term,
+)
 from torchtitan_liger.head_loss.statistics import OF_TEACHER
 from torchtitan_liger.liger_api import LigerHeadLoss
 
 Tensors = Mapping[str, torch.Tensor]
 NUM_LABELED = "num_labeled"
-"""How many labels of a batch are not ignored, as the trainer counts them on the host."""
+"""What `count_labels` has counted of a batch, on its way through the trainer."""
 TEACHER_LOGITS = "teacher_logits"
 TOKEN_WEIGHTS = "token_weights"
 """A factor of each token's loss; the head takes it from any batch that has it."""
@@ -69,6 +75,13 @@ class HeadLossPlan:
     def plain_cross_entropy(self) -> HeadLoss | LigerHeadLoss:
         """The loss of validation, by which runs with other head losses compare."""
         return replace(self, terms=(CrossEntropy(),)).head_loss()
+
+    def count_labels(self, labels_BL: torch.Tensor) -> int | list[int]:
+        """How many of a batch's labels, on the host, are not ignored: what the head drops its
+        tokens by. Terms over sequences need it of each sequence."""
+        counts: list[int] = (labels_BL != self.options.ignore_index).sum(dim=1).tolist()
+        over_sequences = any(isinstance(term, SequenceTerm) for term in self.terms)
+        return counts if over_sequences else sum(counts)
 
     @property
     def row_inputs(self) -> dict[str, str]:

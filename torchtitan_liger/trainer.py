@@ -123,7 +123,7 @@ class LigerTrainer(Trainer):
                 check_label_range(labels, self.model_args.vocab_size, IGNORE_INDEX)
                 # Counted here, while nobody has to wait for a GPU. torchtitan moves the
                 # tensors of the dict and leaves the rest alone.
-                num_labeled: Any = int((labels != IGNORE_INDEX).sum())
+                num_labeled: Any = self.head_loss_plan.count_labels(labels)
                 input_dict = {**input_dict, NUM_LABELED: num_labeled}
                 is_last = number % self.gradient_accumulation_steps == 0
                 if is_last and self.lm_head.num_fused_calls:

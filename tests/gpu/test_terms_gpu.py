@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.helpers import Problem, relative_error, waiting_is_an_error
 from tests.unit.head_loss.term_cases import (
@@ -18,7 +19,7 @@ from tests.unit.head_loss.term_cases import (
     row_inputs,
     truth_of,
 )
-from torchtitan_liger.head_loss import HeadLoss, HeadLossOptions, passes
+from torchtitan_liger.head_loss import HeadLoss, HeadLossOptions, Preference, passes
 
 pytestmark = pytest.mark.gpu
 
@@ -226,3 +227,41 @@ def test_a_compiled_step_is_right():
     assert relative_error(loss.detach(), eager) < 1e-5
     assert relative_error(step.hidden.grad, expected[0]) < 1e-5
     assert relative_error(step.weight.grad, expected[1]) < 1e-5
+
+
+def test_sequences_of_the_tokens_with_a_label_are_cut_without_waiting():
+    B, L = 16, 40
+    problem = Problem(T=B * L, D=32, V=5003, ignored=0).rounded(torch.bfloat16)
+    counts = [(7 * i) % 23 for i in range(B)]
+    for row_L, count in zip(problem.labels.view(B, L), counts, strict=True):
+        row_L[: L - count] = -100
+    truth = problem.run(full_logits_simpo(B), torch.float64, "cuda")
+    head = HeadLoss([Preference("simpo")], HeadLossOptions(logits_memory_mib=1))
+    assert head.plan(sum(counts), 32, 5003, torch.float32, "cuda").num_chunks > 2
+
+    def loss_of(hidden, weight, labels):
+        shaped = hidden.view(B, L, -1), weight, labels.view(B, L)
+        return head(*shaped, num_labeled=counts, check_labels=False).loss
+
+    ours = problem.run(loss_of, torch.float32, "cuda")
+    assert max(ours.errors(truth).values()) < 1e-5
+    weight = problem.weight.float().cuda().requires_grad_()
+    hidden, labels = problem.hidden.float().cuda(), problem.labels.cuda()
+    with waiting_is_an_error():
+        loss_of(hidden, weight, labels).backward()
+
+
+def full_logits_simpo(num_sequences):
+    """The sum over pairs of `-log sigmoid(beta * difference - gamma)` of mean log p."""
+    term = Preference("simpo")
+
+    def loss_of(hidden, weight, labels):
+        logp = (hidden @ weight.T).log_softmax(1)
+        logp = logp.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+        valid = labels != -100
+        logp = torch.where(valid, logp, 0.0).view(num_sequences, -1).sum(1)
+        score = logp / valid.view(num_sequences, -1).sum(1).clamp(min=1)
+        margin = term.beta * (score[0::2] - score[1::2]) - term.gamma
+        return -F.logsigmoid(margin).sum()
+
+    return loss_of

@@ -11,6 +11,7 @@ from torchtitan_liger.head_loss import (
     Preference,
     ReferenceKL,
     SequencePolicyGradient,
+    SequenceTerm,
     Unlikelihood,
     ZLoss,
 )
@@ -73,3 +74,11 @@ def test_validation_is_by_cross_entropy_alone():
     assert loss.terms == (CrossEntropy(),)
     assert loss.options == options
     assert PPO.plain_cross_entropy().terms == (CrossEntropy(),)
+
+
+@pytest.mark.parametrize("term", [CrossEntropy(), SequencePolicyGradient()])
+def test_labels_are_counted_as_the_terms_need_them(term):
+    labels_BL = torch.tensor([[1, -100, 2], [-100, -100, -100]])
+    plan = HeadLossPlan("chunked", HeadLossOptions(), (term,))
+    counted = plan.count_labels(labels_BL)
+    assert counted == ([2, 0] if isinstance(term, SequenceTerm) else 2)

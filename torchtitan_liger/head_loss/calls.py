@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -133,7 +133,7 @@ def row_inputs_of(
 
 
 def kept_rows(
-    call: Call, check_labels: bool, num_labeled: int | None
+    call: Call, check_labels: bool, num_labeled: int | Sequence[int] | None
 ) -> tuple[torch.Tensor | None, torch.Tensor, bool]:
     """The positions of the tokens that take part, None for all; the call's scale; and
     whether all that take part are known to have a label.
@@ -141,10 +141,13 @@ def kept_rows(
     Nothing waits for a GPU, unless `check_labels` already has.
 
     Args:
-        num_labeled: how many there are, where the caller knows. The scale is NaN if that
-            is wrong.
+        num_labeled: how many there are, or in each of as many rows of equal length, where
+            the caller knows. The scale is NaN if that is wrong.
     """
     valid_T, scale = call.valid_T, call.scale
+    if isinstance(num_labeled, Sequence):
+        scale = scale.masked_fill(_counts_are_wrong(valid_T, num_labeled), torch.nan)
+        num_labeled = sum(num_labeled)
     num_tokens = valid_T.numel()
     compiling = torch.compiler.is_compiling()
     on_host = valid_T.device.type == "cpu" or check_labels
@@ -164,6 +167,18 @@ def kept_rows(
     # A stable sort keeps the order, and its result has a shape that is known here.
     order_T = torch.argsort(valid_T.to(torch.uint8), descending=True, stable=True)
     return order_T[:num_labeled], scale, True
+
+
+def _counts_are_wrong(valid_T: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    if not counts or valid_T.numel() % len(counts):
+        raise ValueError(
+            f"num_labeled has {len(counts)} rows, which {valid_T.numel()} tokens are not"
+        )
+    on_gpu = valid_T.is_cuda
+    given = torch.tensor(counts, pin_memory=on_gpu).to(
+        valid_T.device, non_blocking=True
+    )
+    return (valid_T.view(len(counts), -1).sum(dim=1) != given).any()
 
 
 def check_candidates(

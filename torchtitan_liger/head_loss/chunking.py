@@ -5,7 +5,7 @@ The answer depends on shapes and dtypes alone, so every rank of a mesh gets the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 MIB = 2**20
 
@@ -74,14 +74,6 @@ def plan_chunks(
     rows = _cdiv(num_tokens, max(1, _cdiv(num_tokens, most)))
     rows = max(1, min(_cdiv(rows, tile) * tile, num_tokens))
     return make_plan(num_tokens, rows, vocab_size, bytes_per_logit, num_buffers)
-
-
-def align_chunks(plan: ChunkPlan, num_tokens: int, unit: int) -> ChunkPlan | None:
-    """The same with whole units of `unit` tokens in each chunk, or None if none fits."""
-    rows = plan.tokens_per_chunk - plan.tokens_per_chunk % unit
-    if rows == 0:
-        return None
-    return replace(plan, tokens_per_chunk=rows, num_chunks=_cdiv(num_tokens, rows))
 
 
 def make_plan(

@@ -26,7 +26,6 @@ from torchtitan_liger.head_loss.calls import (
 from torchtitan_liger.head_loss.chunked import ChunkedHeadLoss, ChunkedTokenLosses
 from torchtitan_liger.head_loss.chunking import (
     ChunkPlan,
-    align_chunks,
     budget_bytes,
     plan_chunks,
 )
@@ -140,7 +139,7 @@ class HeadLoss:
         sequence_ids: torch.Tensor | None = None,
         num_sequences: int | None = None,
         check_labels: bool = True,
-        num_labeled: int | None = None,
+        num_labeled: int | Sequence[int] | None = None,
         **row_inputs: torch.Tensor,
     ) -> HeadLossOutput:
         """
@@ -165,10 +164,10 @@ class HeadLoss:
             check_labels: look for labels that are not in [0, V). This waits for the GPU, so
                 callers that have looked on the host turn it off; such a label then makes
                 the loss NaN.
-            num_labeled: how many labels are not ignored, from a caller that knows. The
-                other tokens then cost neither time nor memory; without it they do on a
-                GPU with `check_labels=False`, and under torch.compile. A wrong number
-                makes the loss NaN.
+            num_labeled: how many labels are not ignored, or how many in each row of
+                `labels`, from a caller that knows. The other tokens then cost neither
+                time nor memory; without it they do on a GPU with `check_labels=False`,
+                and under torch.compile. A wrong number makes the loss NaN.
             row_inputs: [...] numbers for each token that a term asks for by name, without
                 gradient; `candidates` is [..., K] int64 or int32.
 
@@ -246,11 +245,11 @@ class HeadLoss:
             if token_weights is not None:
                 token_weights = token_weights[kept_N]
             if sequences is not None:
-                sequences = Sequences(sequences.ids_C[kept_N], sequences.num, valid_N)
+                sequences = sequences.kept(kept_N, num_labeled, check_labels)
         # What an ignored row holds must not reach the others of its sequence.
         rows = {name: masked(x, valid_N) for name, x in rows.items()}
 
-        plan, two_phase = self._schedule(
+        plan, sequences, two_phase = self._schedule(
             labels_N.numel(), weight, call.products_dtype, shard, sequences, teacher
         )
         head_call = HeadCall(
@@ -303,8 +302,8 @@ class HeadLoss:
         shard: VocabShard | None,
         sequences: Sequences | None,
         teacher: Teacher | None,
-    ) -> tuple[ChunkPlan, bool]:
-        """The chunks, and whether all statistics come before any gradient."""
+    ) -> tuple[ChunkPlan, Sequences | None, bool]:
+        """The chunks, where they cut, and whether all statistics precede any gradient."""
         num_columns = weight.shape[0] if shard is None else shard.widest
         plan = self.plan(
             num_tokens,
@@ -316,14 +315,13 @@ class HeadLoss:
             teacher_dtype=None if teacher is None else teacher.dtype,
         )
         if sequences is None or plan.num_chunks <= 1:
-            return plan, False
+            return plan, sequences, False
         groups = [term.sequences_per_group for term in self._sequence_terms]
-        if sequences.tokens_each is None or None in groups:
-            return plan, True
-        # One after the other, sequences may share a chunk, but not be cut.
-        unit = sequences.tokens_each * lcm(*(group or 1 for group in groups))
-        aligned = align_chunks(plan, num_tokens, unit)
-        return (plan, True) if aligned is None else (aligned, False)
+        if None in groups:
+            return plan, sequences, True
+        per_group = lcm(*(group or 1 for group in groups))
+        aligned = sequences.cut(plan.tokens_per_chunk, per_group)
+        return plan, aligned or sequences, aligned is None
 
     def _reference(
         self,

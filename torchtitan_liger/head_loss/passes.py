@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from types import ModuleType
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ class HeadCall(NamedTuple):
     two_phase: bool  # all statistics before any gradient
     scale: torch.Tensor  # [] factor of the loss; its dtype is that of all sums
     products_dtype: torch.dtype
-    tokens_per_chunk: int
+    tokens_per_chunk: int  # at most
     shard: VocabShard | None
     with_grad: bool
     needs: frozenset[str] = frozenset()
@@ -81,6 +82,9 @@ class HeadCall(NamedTuple):
 
     def chunks(self) -> list[slice]:
         """At least one, which may be empty."""
+        if self.sequences is not None and self.sequences.cuts is not None:
+            tokens = [token for token, _ in self.sequences.cuts]
+            return [slice(a, b) for a, b in pairwise(tokens)]
         step, num_tokens = self.tokens_per_chunk, len(self.labels_N)
         return [slice(i, i + step) for i in range(0, max(1, num_tokens), step)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -15,19 +17,60 @@ class Sequences(NamedTuple):
     ids_C: torch.Tensor  # int64 in [0, num), one sequence per number
     num: int
     valid_C: torch.Tensor  # whether the token has a label
-    tokens_each: int | None = None  # where all have as many, one after the other
+    starts: tuple[int, ...] | None = None
+    """The first token of each, and the end of the last, where one comes after the other."""
+    cuts: tuple[tuple[int, int], ...] | None = None
+    """Where chunks begin, and the last one ends: (token, sequence). None for one chunk."""
+
+    def kept(
+        self,
+        kept_N: torch.Tensor,
+        num_labeled: int | Sequence[int] | None,
+        check_labels: bool,
+    ) -> Sequences:
+        """Those of the tokens with a label, in their order. Waits for a GPU only if
+        `check_labels` has.
+
+        Args:
+            kept_N: the positions of these tokens.
+            num_labeled: how many there are, or how many of each sequence, if known.
+        """
+        starts = counts = None
+        if self.starts is not None:
+            if isinstance(num_labeled, Sequence):
+                counts = num_labeled
+            elif check_labels or self.valid_C.device.type == "cpu":
+                counts = self.valid_C.view(self.num, -1).sum(dim=1).tolist()
+        if counts is not None:
+            if len(counts) != self.num:
+                raise ValueError(
+                    f"num_labeled has {len(counts)} rows, but there are {self.num} sequences"
+                )
+            starts = tuple(accumulate(counts, initial=0))
+        return Sequences(self.ids_C[kept_N], self.num, self.valid_C[kept_N], starts)
+
+    def cut(self, most: int, per_group: int) -> Sequences | None:
+        """With `cuts` between groups of `per_group` sequences, for chunks of at most `most`
+        tokens; None where a group has more, or the tokens of a sequence are anywhere."""
+        if self.starts is None:
+            return None
+        cuts = [(0, 0)]
+        for first in range(0, self.num, per_group):
+            start = self.starts[first]
+            end = self.starts[min(first + per_group, self.num)]
+            if end - start > most:
+                return None
+            if end - cuts[-1][0] > most:
+                cuts.append((start, first))
+        return self._replace(cuts=(*cuts, (self.starts[-1], self.num)))
 
     def part(self, tokens: slice) -> Sequences:
-        """Those of a chunk that begins and ends with a sequence, or of all tokens."""
-        ids_C = self.ids_C[tokens]
-        if len(ids_C) == len(self.ids_C):
+        """Those of a chunk between two of the `cuts`, or of all tokens."""
+        if self.cuts is None:
             return self
-        assert self.tokens_each is not None
-        return self._replace(
-            ids_C=ids_C - tokens.start // self.tokens_each,
-            num=len(ids_C) // self.tokens_each,
-            valid_C=self.valid_C[tokens],
-        )
+        at = dict(self.cuts)
+        first, end = at[tokens.start], at[tokens.stop]
+        return Sequences(self.ids_C[tokens] - first, end - first, self.valid_C[tokens])
 
     def sum(self, x_C: torch.Tensor) -> torch.Tensor:
         """[num] sums over the tokens with a label."""
@@ -74,7 +117,8 @@ def sequences_of(
         ids_T = torch.arange(count, device=labels.device).repeat_interleave(
             length, output_size=labels.numel()
         )
-        return Sequences(ids_T, count, valid_T, tokens_each=length)
+        starts = tuple(range(0, labels.numel() + 1, max(1, length)))
+        return Sequences(ids_T, count, valid_T, starts)
     (ids_T,) = per_token({"sequence_ids": sequence_ids}, labels).values()
     check_integers("sequence_ids", ids_T)
     if isinstance(num_sequences, float) or num_sequences < 1:

@@ -14,6 +14,7 @@ from torchtitan_liger.head_loss import (
     SequencePolicyGradient,
     SequenceTerm,
     engine,
+    passes,
 )
 
 
@@ -134,3 +135,94 @@ def test_chunks_hold_whole_groups_of_all_terms(monkeypatch):
         )
     for run in runs[1:]:
         assert max(run.errors(runs[0]).values()) < 1e-12
+
+
+B, L, LONGEST = 12, 9, 20  # sequences, their tokens, and the tokens of a chunk
+LABELS_OF_EACH = {
+    "all": [9] * B,
+    "some": [4, 9, 1, 3, 7, 7, 2, 2, 9, 9, 5, 1],
+    "none in some": [0, 0, 0, 9, 9, 0, 0, 9, 9, 9, 0, 0],
+    "none at either end": [0, 0, 0, 0, 9, 9, 9, 9, 1, 0, 0, 0],
+}
+
+
+def labeled(counts):
+    """A problem of `B` sequences, of which some of the first tokens are ignored."""
+    problem = Problem(T=B * L, D=16, V=101, ignored=0)
+    for row_L, count in zip(problem.labels.view(B, L), counts, strict=True):
+        row_L[: L - count] = -100
+    return problem
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The tokens of each product that gives logits, of chunks of `LONGEST` tokens."""
+    sizes, logits = [], passes.Passes.logits
+
+    def plan(num_tokens, *_, **__):
+        return engine.ChunkPlan(LONGEST, -(-num_tokens // LONGEST), 0, 0)
+
+    def counted(self, tokens):
+        chunk = logits(self, tokens)
+        sizes.append(len(chunk.hidden_CD))
+        return chunk
+
+    monkeypatch.setattr(engine, "plan_chunks", plan)
+    monkeypatch.setattr(passes.Passes, "logits", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("counts", LABELS_OF_EACH.values(), ids=LABELS_OF_EACH)
+def test_chunks_of_the_tokens_with_a_label_hold_whole_pairs(counts, known, products):
+    """Then no logits are computed twice, whatever is ignored."""
+    problem = labeled(counts)
+    settings = {"num_labeled": counts, "check_labels": False} if known else {}
+
+    def loss_of(layout):
+        head = HeadLoss([Preference("simpo", layout=layout)])
+
+        def call(h, w, y):
+            if layout == "halves":  # the same pairs, in another order
+                h, y = (
+                    x.view(B, L, -1)[[*range(0, B, 2), *range(1, B, 2)]] for x in (h, y)
+                )
+                return head(h, w, y.squeeze(-1)).loss
+            return head(h.view(B, L, -1), w, y.view(B, L), **settings).loss
+
+        return call
+
+    ours = problem.run(loss_of("pairs"))
+    assert sum(products) == sum(counts)
+    assert max(products) <= LONGEST
+    assert min(products) > 0
+    products.clear()
+    truth = problem.run(loss_of("halves"))  # never cut between sequences
+    assert sum(products) == 2 * sum(counts)
+    assert max(ours.errors(truth).values()) < 1e-12
+
+
+def test_a_pair_longer_than_a_chunk_is_cut(products, monkeypatch):
+    monkeypatch.setattr(
+        engine,
+        "plan_chunks",
+        lambda n, *_, **__: engine.ChunkPlan(17, -(-n // 17), 0, 0),
+    )
+    problem = labeled([9, 9] + [4] * 10)
+    head = HeadLoss([Preference("simpo")])
+    problem.run(lambda h, w, y: head(h.view(B, L, -1), w, y.view(B, L)).loss)
+    assert sum(products) == 2 * 58
+
+
+def test_wrong_numbers_of_labels_of_each_sequence_make_the_loss_nan():
+    problem = labeled(LABELS_OF_EACH["some"])
+    args = problem.hidden.view(B, L, -1), problem.weight, problem.labels.view(B, L)
+    head = HeadLoss([Preference("simpo")])
+    right = LABELS_OF_EACH["some"]
+    wrong = [right[1], right[0], *right[2:]]  # as many in all
+    assert head(*args, num_labeled=right).loss.isfinite()
+    assert head(*args, num_labeled=wrong).loss.isnan()
+    with pytest.raises(ValueError, match="has 4 rows, but there are 12 sequences"):
+        head(*args, num_labeled=[18, 15, 23, 3])
+    with pytest.raises(ValueError, match="has 7 rows, which 108 tokens are not"):
+        head(*args, num_labeled=[9] * 7)

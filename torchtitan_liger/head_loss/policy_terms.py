@@ -39,8 +39,8 @@ class PolicyGradient(Term):
 
     With `importance_cap` (truncated importance sampling), tokens are weighted by how much
     likelier they were under the policy of `old_logp` than under the one that generated
-    them, a constant of at most the cap: min(exp(old_logp - generation_logp), importance_cap). For a weight per sequence
-    give `token_weights`.
+    them, a constant: min(exp(old_logp - generation_logp), importance_cap). For a weight per
+    sequence give `token_weights`.
 
     Reported for each token: `new_logp` (log p_y), `old_logp`; `advantage`, and its extremes
     `advantage/max` and `advantage/min`; `ratio` and, for its variance, `ratio_squared`;

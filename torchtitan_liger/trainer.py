@@ -55,13 +55,13 @@ class LigerTrainer(Trainer):
         if device_type == "cpu":
             for option in device.switch_off_what_needs_one(job_config):
                 logger.warning(f"{option} is switched off: it needs a GPU")
-        check_degrees(job_config, int(os.environ.get("WORLD_SIZE", 1)))
         # A config module of the user's own may have the section liger_kernel alone.
         text_field = getattr(job_config.training, "text_field", "text")
         data.check_text_field(job_config, text_field)
         data.register_datasets(text_field)
         # Before any model is built.
         self.head_loss_plan = resolve(job_config)
+        check_degrees(job_config, int(os.environ.get("WORLD_SIZE", 1)))
         self.head_loss_report = HeadLossReport()
         if self.head_loss_plan.enabled:
             models.check_spec(job_config.model.name)

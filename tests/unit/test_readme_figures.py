@@ -88,23 +88,23 @@ def test_the_files_are_of_the_gpu_and_the_version_that_the_table_names():
         assert "torchtitan 0.2.2," in heading
 
 
-def test_a_gpu_is_faster_without_the_flag_on_the_debug_model():
-    """As the README says below the table."""
-    stock, *others = (
+def test_a_gpu_is_faster_without_the_engine_on_the_debug_model():
+    """As the README says where it explains the table."""
+    stock, ours = (
         float(measured(config="debug_model", impl=impl)["tokens/s per device"])
-        for impl in ("stock", "liger", "chunked")
+        for impl in ("stock", "chunked")
     )
-    assert stock > max(others)
+    assert stock > ours
 
 
 def test_how_much_the_speed_differs_from_run_to_run_was_measured():
     ratios = [
         f"{speed_of_1_2b(layout) / speed_of_1_2b(layout, 'stock'):.3f}"
-        for layout in ("", "taking turns", "earlier", "two budgets")
+        for layout in ("", "taking turns", "earlier", "two budgets", "before")
     ]
     text = " ".join(README.split())
     assert f"`chunked` is {ratios[0]} times as fast as torchtitan" in text
-    assert f"it was {ratios[1]}, {ratios[2]} and {ratios[3]}:" in text
+    assert f"it was {', '.join(ratios[1:4])} and {ratios[4]}:" in text
 
 
 def test_what_more_memory_for_logits_gains_was_measured():

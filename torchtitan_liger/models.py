@@ -65,7 +65,7 @@ class _PassThrough(nn.Module):
         return torch.allclose(got.to(other.dtype), other, 0, 0, equal_nan=True)
 
 
-class ReturnHiddenStates:
+class ReturnHiddenStates(nn.Module):
     """Mixin for a torchtitan decoder: `forward(..., return_hidden_states=True)`.
 
     The decoder's own forward runs in both cases. For hidden states the head is replaced
@@ -73,9 +73,12 @@ class ReturnHiddenStates:
     through has to be what comes out.
     """
 
+    output: nn.Module
+    model_args: Any
+
     def __init__(self, model_args: BaseModelArgs) -> None:
-        super().__init__(model_args)  # type: ignore[call-arg]
-        head: nn.Module = self.output  # type: ignore[has-type]
+        super().__init__(model_args)
+        head = self.output
         # Another head can train as it is; with the fused loss on, `parallelize` refuses it.
         if type(head) is nn.Linear and head.bias is None:
             head = LMHead.from_linear(head)
@@ -90,11 +93,11 @@ class ReturnHiddenStates:
             ValueError: for a decoder that does to hidden states what it means for logits.
         """
         if not return_hidden_states:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         head = self.output
         passed = self.output = _PassThrough()
         try:
-            hidden: torch.Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
+            hidden: torch.Tensor = super().forward(*args, **kwargs)
         finally:
             self.output = head
         # Only a decoder that gives back another tensor has to wait for its numbers.
@@ -105,8 +108,7 @@ class ReturnHiddenStates:
     def get_attention_masks(self, *args: Any, **kwargs: Any) -> Any:
         """As the decoder's own; a TypeError where its attention takes none, by which
         torchtitan's validator knows. Some decoders would make a mask and then refuse it."""
-        model_args: Any = self.model_args  # type: ignore[attr-defined]
-        kind = getattr(model_args, "attn_type", "sdpa")
+        kind = getattr(self.model_args, "attn_type", "sdpa")
         if kind not in ("flex", "varlen"):
             raise TypeError(f"{kind} attention takes no masks")
         return super().get_attention_masks(*args, **kwargs)  # type: ignore[misc]

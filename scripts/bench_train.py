@@ -130,8 +130,15 @@ def parse_args() -> argparse.Namespace:
     for config in args.configs:
         toml = read_toml([f"--job.config_file={config}"])[1]
         key = "metrics", "log_freq"
-        every = int(option_of(args.overrides, *key) or value_of(toml, *key) or 10)
-        if not searching and args.steps - args.steps % every <= args.warmup:
+        given = option_of(args.overrides, *key) or value_of(toml, *key) or 10
+        if not str(given).isdecimal() or not (every := int(given)):
+            parser.error(
+                f"metrics.log_freq must be a whole number above 0, got {given}"
+            )
+        last = max(
+            1, args.steps - args.steps % every
+        )  # torchtitan logs the first one too
+        if not searching and last <= args.warmup:
             parser.error(
                 f"no step between --warmup {args.warmup} and --steps {args.steps} is "
                 f"logged: metrics.log_freq is {every}; -- --metrics.log_freq 1 logs each"

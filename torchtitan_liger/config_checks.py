@@ -53,12 +53,23 @@ def _check_table(
         if tables and isinstance(value, Mapping):
             _check_table(value, tables, whole, path)
             continue
-        # A later config overrides an earlier one.
-        wanted = _unlike(value, known[key][-1])
+        is_whole = isinstance(value, float) and value.is_integer()
+        # A later config overrides an earlier one; 1e4 is a whole number in a TOML.
+        wanted = _unlike(int(value) if is_whole else value, known[key][-1])
         if tables:
             wanted = f"a section, [{whole}]"
         if wanted:
             raise ValueError(f"{path}: {whole} is {value!r}; it must be {wanted}")
+
+
+def is_switch(option: str, configs: Sequence[type]) -> bool:
+    """Whether `--section.key` is one that takes no value."""
+    kinds: list[Any] = list(configs)
+    for name in option.removeprefix("--").replace("-", "_").split("."):
+        names = name, name.removeprefix("no_")
+        tables = [kind for kind in kinds if is_dataclass(kind)]
+        kinds = [f.type for kind in tables for f in fields(kind) if f.name in names]
+    return bool in kinds
 
 
 def own_config(argv: Sequence[str], toml: Mapping[str, Any]) -> type | None:

@@ -85,20 +85,25 @@ def build_text_dataloader(
     job_config: JobConfig,
     infinite: bool = True,
 ) -> ParallelAwareDataloader:
-    """torchtitan's function of this name, with the error of `explain_empty_shard`."""
+    """torchtitan's function of this name, with the errors of `check_text_field` and
+    `explain_empty_shard`."""
+    check_text_field(job_config)
     with explain_empty_shard(job_config.training.dataset, dp_rank, dp_world_size):
         return text_datasets.build_text_dataloader(
             dp_world_size, dp_rank, tokenizer, job_config, infinite
         )
 
 
-def check_text_field(job: JobConfig, text_field: str) -> None:
+def check_text_field(job: JobConfig) -> None:
     """
     Raises:
         ValueError: for a `training.text_field` where no dataset is `jsonl`.
     """
-    used = {job.training.dataset, job.validation.dataset}
-    if text_field != "text" and "jsonl" not in used:
+    text_field = getattr(job.training, "text_field", "text")
+    if text_field != "text" and "jsonl" not in {
+        job.training.dataset,
+        job.validation.dataset,
+    }:
         raise ValueError(
             f"training.text_field is {text_field!r}, which only the dataset jsonl reads, "
             f'but training.dataset is {job.training.dataset!r}: set it to "jsonl", or '

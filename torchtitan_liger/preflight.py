@@ -268,9 +268,12 @@ def _check_output(
     try:
         changes = changes_logits(decode, head)
     except TypeError as error:
+        if "missing" not in str(error):
+            raise
         raise PreflightError(
-            f"the decoder fails on tokens alone with {error}: where it needs more of the "
-            "batch, leave out the check before the first step (--liger_kernel.no-preflight)"
+            f"the decoder wants more of the batch than tokens, with which alone it fails: "
+            f"{error}. Leave out the check before the first step "
+            "(--liger_kernel.no-preflight)"
         ) from error
     anywhere = torch.tensor(float(changes), device=device)
     if dist.is_initialized():

@@ -8,9 +8,17 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from itertools import pairwise
 
 from torchtitan_liger import device
 from torchtitan_liger.cli import name_config_module, prepare_argv, read_toml
+from torchtitan_liger.config_checks import (
+    check_config_module,
+    check_keys,
+    check_weights,
+    is_switch,
+    own_config,
+)
 
 
 def main(register: Callable[[], None] | None = None) -> None:
@@ -37,25 +45,23 @@ def _train() -> None:
     from torchtitan.config import JobConfig
     from torchtitan.train import main as torchtitan_main
 
-    from torchtitan_liger.config_checks import (
-        check_config_module,
-        check_keys,
-        check_weights,
-        own_config,
-    )
     from torchtitan_liger.trainer import LigerTrainer
 
     path, toml = read_toml(sys.argv[1:])
     check_config_module(sys.argv[1:], toml)
     own = own_config(sys.argv[1:], toml)
-    check_keys(toml, path, [JobConfig] if own is None else [JobConfig, own])
+    configs = [JobConfig] if own is None else [JobConfig, own]
+    check_keys(toml, path, configs)
     check_weights(sys.argv[1:], toml, path)
-    check_options()
+    check_options(configs)
     torchtitan_main(LigerTrainer)
 
 
-def check_options() -> None:
+def check_options(configs: Sequence[type]) -> None:
     """Have torchtitan's parser look at the command line.
+
+    Args:
+        configs: the dataclasses that it merges.
 
     Raises:
         ValueError: with what it says. It would exit, and torchrun's last lines not say why.
@@ -74,23 +80,22 @@ def check_options() -> None:
         lines = (line.strip(" ╮╰╯│─") for line in box.splitlines())
         title, *others = filter(None, lines) if corner else (before,)
         text = "\n".join(others) or title
-        raise ValueError(text + value_of_a_switch(sys.argv[1:], text)) from None
+        hint = value_of_a_switch(sys.argv[1:], text, configs)
+        raise ValueError(text + hint) from None
     sys.stderr.write(said.getvalue())  # of a config module, which is read once
 
 
-def value_of_a_switch(argv: Sequence[str], said: str) -> str:
+def value_of_a_switch(argv: Sequence[str], said: str, configs: Sequence[type]) -> str:
     """What to do about a word that follows a switch and that nobody recognizes."""
-    match = re.search(r"[Uu]nrecognized options?: ([^-\s]\S*)", said)
-    if match is None or match[1] not in argv[1:]:
-        return ""
-    switch = argv[argv.index(match[1], 1) - 1]
-    if not switch.startswith("--") or "=" in switch:
-        return ""
-    section, _, key = switch.rpartition(".")
-    return (
-        f"\n{switch} takes no such value: leave out {match[1]}, or turn it off with "
-        f"{section}.no-{key}"
-    )
+    words = re.findall(r"[Uu]nrecognized options?: (.*)", said)
+    for switch, word in pairwise(argv):
+        if words and word in words[0].split() and is_switch(switch, configs):
+            section, _, key = switch.rpartition(".")
+            off = f"{section}.no-{re.sub('^no[-_]', '', key)}"
+            return (
+                f"\n{switch} takes no value such as {word}: leave it out, or use {off}"
+            )
+    return ""
 
 
 if __name__ == "__main__":

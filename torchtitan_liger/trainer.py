@@ -56,12 +56,11 @@ class LigerTrainer(Trainer):
             for option in device.switch_off_what_needs_one(job_config):
                 logger.warning(f"{option} is switched off: it needs a GPU")
         # A config module of the user's own may have the section liger_kernel alone.
-        text_field = getattr(job_config.training, "text_field", "text")
-        data.check_text_field(job_config, text_field)
-        data.register_datasets(text_field)
+        data.register_datasets(getattr(job_config.training, "text_field", "text"))
         # Before any model is built.
         self.head_loss_plan = resolve(job_config)
-        check_degrees(job_config, int(os.environ.get("WORLD_SIZE", 1)))
+        if job_config.comm.mode == "default":  # else torchtitan makes up its ranks
+            check_degrees(job_config, int(os.environ.get("WORLD_SIZE", 1)))
         self.head_loss_report = HeadLossReport()
         if self.head_loss_plan.enabled:
             models.check_spec(job_config.model.name)

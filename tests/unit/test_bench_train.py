@@ -252,6 +252,12 @@ def test_a_run_whose_speed_nobody_logged_is_not_ok(bench, monkeypatch):
     assert row["result"] == "no step logged after --warmup: see metrics.log_freq"
 
 
+def test_the_first_step_is_always_logged(bench, monkeypatch):
+    monkeypatch.setenv("STUB_LOG_FREQ", "5")
+    options = ("--impl", "stock", "--steps", "4", "--warmup", "0")
+    assert bench(*options, "--", "--metrics.log_freq=5") == 0
+
+
 def test_lack_of_memory_in_a_plain_run_is_a_row_and_a_failure(bench):
     code = bench("--impl", "stock", "liger", "--", "--training.local_batch_size=12")
     assert code == 1
@@ -350,6 +356,8 @@ def test_a_table_with_other_columns_is_left_alone(bench):
             ["--steps", "4", "--warmup", "1", "--", "--metrics.log_freq=5"],
             "no step between --warmup 1 and --steps 4 is logged: metrics.log_freq is 5",
         ),
+        (["--", "--metrics.log_freq=0"], "a whole number above 0, got 0"),
+        (["--", "--metrics.log_freq", "x"], "a whole number above 0, got x"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(bench, capfd, options, message):

@@ -425,13 +425,14 @@ def test_an_impossible_vocabulary_is_refused(vocab_size: int, fault: str) -> Non
 @pytest.mark.parametrize("section", ["training", "validation"])
 def test_a_text_field_is_of_jsonl_alone(section):
     job = JobConfig()
-    check_text_field(job, "text")
+    check_text_field(job)
+    job.training.text_field = "body"  # as our config module's
     with pytest.raises(
         ValueError, match="text_field is 'body', .*dataset is 'c4_test'"
     ):
-        check_text_field(job, "body")
+        build_text_dataloader(1, 0, None, job)
     getattr(job, section).dataset = "jsonl"
-    check_text_field(job, "body")
+    check_text_field(job)
 
 
 def test_a_file_is_no_folder_of_sources(tmp_path: Path) -> None:

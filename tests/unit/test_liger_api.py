@@ -65,17 +65,17 @@ def test_liger_is_as_exact_as_full_logits(settings, dtype, reduction):
 
 
 def test_the_weights_gradient_is_summed_in_the_dtype_that_was_asked_for():
-    problem = Problem(T=512, D=4, V=4096, ignored=0.0).rounded(torch.bfloat16)
+    problem = Problem(T=512, D=4, V=8192, ignored=0.0).rounded(torch.bfloat16)
     truth = problem.run(full_logits())
 
     def error(acc_dtype):
         options = HeadLossOptions(acc_dtype=acc_dtype, logits_memory_mib=1)
         head_loss = LigerHeadLoss(options=options)
-        assert head_loss.plan(512, 4, 4096, torch.bfloat16, DEVICE).num_chunks == 4
+        assert head_loss.plan(512, 4, 8192, torch.bfloat16, DEVICE).num_chunks == 8
         run = problem.run(lambda *xs: head_loss(*xs).loss, torch.bfloat16, DEVICE)
         return run.errors(truth)["d_weight"]
 
-    assert 1.02 * error(torch.float32) < error(torch.bfloat16)
+    assert 1.05 * error(torch.float32) < error(torch.bfloat16)
 
 
 @pytest.mark.parametrize("more", [(), (None,), (None, None)])

@@ -18,3 +18,7 @@ def test_a_decoder_that_wants_more_than_tokens_is_told_the_way_out():
 
     with pytest.raises(PreflightError, match="argument: 'scale'.*no-preflight"):
         _check_output(decode, head, torch.device("cpu"))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        _check_output(
+            lambda: head(torch.ones(1, 2, 4)) + None, head, torch.device("cpu")
+        )

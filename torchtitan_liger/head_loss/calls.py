@@ -145,6 +145,11 @@ def kept_rows(
             the caller knows. The scale is NaN if that is wrong.
     """
     valid_T, scale = call.valid_T, call.scale
+    if isinstance(num_labeled, str | torch.Tensor):
+        raise ValueError(
+            "num_labeled must be a whole number, or a list with one for each row of labels, "
+            f"got {_kind(num_labeled)}"
+        )
     if isinstance(num_labeled, Sequence):
         scale = scale.masked_fill(_counts_are_wrong(valid_T, num_labeled), torch.nan)
         num_labeled = sum(num_labeled)

@@ -5,7 +5,7 @@ The answer depends on shapes and dtypes alone, so every rank of a mesh gets the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIB = 2**20
 
@@ -26,6 +26,7 @@ class ChunkPlan:
     num_chunks: int
     logits_bytes: int  # the most that logits and what they turn into take at one time
     full_logits_bytes: int  # what those of all tokens would take
+    most_tokens: int = 0  # that a chunk may have within the budget; 0 if nobody knows
 
     def __str__(self) -> str:
         return (
@@ -73,7 +74,8 @@ def plan_chunks(
     most -= most % tile
     rows = _cdiv(num_tokens, max(1, _cdiv(num_tokens, most)))
     rows = max(1, min(_cdiv(rows, tile) * tile, num_tokens))
-    return make_plan(num_tokens, rows, vocab_size, bytes_per_logit, num_buffers)
+    plan = make_plan(num_tokens, rows, vocab_size, bytes_per_logit, num_buffers)
+    return replace(plan, most_tokens=budget // max(1, row_bytes))
 
 
 def make_plan(

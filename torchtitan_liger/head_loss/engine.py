@@ -320,8 +320,8 @@ class HeadLoss:
         if None in groups:
             return plan, sequences, True
         per_group = lcm(*(group or 1 for group in groups))
-        aligned = sequences.cut(plan.tokens_per_chunk, per_group)
-        return plan, aligned or sequences, aligned is None
+        cut = sequences.cut(plan, per_group)
+        return (plan, sequences, True) if cut is None else (*cut, False)
 
     def _reference(
         self,

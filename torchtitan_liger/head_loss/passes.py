@@ -69,7 +69,7 @@ class HeadCall(NamedTuple):
     two_phase: bool  # all statistics before any gradient
     scale: torch.Tensor  # [] factor of the loss; its dtype is that of all sums
     products_dtype: torch.dtype
-    tokens_per_chunk: int  # at most
+    tokens_per_chunk: int  # of the longest chunk
     shard: VocabShard | None
     with_grad: bool
     needs: frozenset[str] = frozenset()

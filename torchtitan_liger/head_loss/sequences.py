@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 
 from torchtitan_liger.head_loss.calls import check_integers, per_token
+from torchtitan_liger.head_loss.chunking import ChunkPlan
 
 
 class Sequences(NamedTuple):
@@ -20,7 +22,8 @@ class Sequences(NamedTuple):
     starts: tuple[int, ...] | None = None
     """The first token of each, and the end of the last, where one comes after the other."""
     cuts: tuple[tuple[int, int], ...] | None = None
-    """Where chunks begin, and the last one ends: (token, sequence). None for one chunk."""
+    """Where chunks begin, and the last one ends: (token, sequence). None where chunks do not
+    follow sequences."""
 
     def kept(
         self,
@@ -46,12 +49,24 @@ class Sequences(NamedTuple):
                 raise ValueError(
                     f"num_labeled has {len(counts)} rows, but there are {self.num} sequences"
                 )
-            starts = tuple(accumulate(counts, initial=0))
+            # Of others the loss is NaN; here is nothing to be learned from them.
+            if sum(counts) == len(kept_N):
+                starts = tuple(accumulate(counts, initial=0))
         return Sequences(self.ids_C[kept_N], self.num, self.valid_C[kept_N], starts)
 
-    def cut(self, most: int, per_group: int) -> Sequences | None:
-        """With `cuts` between groups of `per_group` sequences, for chunks of at most `most`
-        tokens; None where a group has more, or the tokens of a sequence are anywhere."""
+    def cut(
+        self, plan: ChunkPlan, per_group: int
+    ) -> tuple[ChunkPlan, Sequences] | None:
+        """A plan, and `cuts`, with whole groups of `per_group` sequences in each chunk; None
+        where a group is too long, or the tokens of a sequence are anywhere."""
+        for most in (plan.tokens_per_chunk, plan.most_tokens):
+            if (cuts := self._cuts(most, per_group)) is not None:
+                longest = max(b - a for (a, _), (b, _) in pairwise(cuts))
+                plan = replace(plan, tokens_per_chunk=longest, num_chunks=len(cuts) - 1)
+                return plan, self._replace(cuts=cuts)
+        return None
+
+    def _cuts(self, most: int, per_group: int) -> tuple[tuple[int, int], ...] | None:
         if self.starts is None:
             return None
         cuts = [(0, 0)]
@@ -62,7 +77,7 @@ class Sequences(NamedTuple):
                 return None
             if end - cuts[-1][0] > most:
                 cuts.append((start, first))
-        return self._replace(cuts=(*cuts, (self.starts[-1], self.num)))
+        return *cuts, (self.starts[-1], self.num)
 
     def part(self, tokens: slice) -> Sequences:
         """Those of a chunk between two of the `cuts`, or of all tokens."""
@@ -70,7 +85,9 @@ class Sequences(NamedTuple):
             return self
         at = dict(self.cuts)
         first, end = at[tokens.start], at[tokens.stop]
-        return Sequences(self.ids_C[tokens] - first, end - first, self.valid_C[tokens])
+        # Beyond them are only those of wrong counts, of which the loss is NaN.
+        ids_C = (self.ids_C[tokens] - first).clamp(0, end - first - 1)
+        return Sequences(ids_C, end - first, self.valid_C[tokens])
 
     def sum(self, x_C: torch.Tensor) -> torch.Tensor:
         """[num] sums over the tokens with a label."""

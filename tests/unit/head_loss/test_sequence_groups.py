@@ -10,8 +10,10 @@ import torch
 from tests.helpers import Problem
 from torchtitan_liger.head_loss import (
     HeadLoss,
+    HeadLossOptions,
     Preference,
     SequencePolicyGradient,
+    Sequences,
     SequenceTerm,
     engine,
     passes,
@@ -214,15 +216,54 @@ def test_a_pair_longer_than_a_chunk_is_cut(products, monkeypatch):
     assert sum(products) == 2 * 58
 
 
-def test_wrong_numbers_of_labels_of_each_sequence_make_the_loss_nan():
-    problem = labeled(LABELS_OF_EACH["some"])
+@pytest.mark.parametrize("wrong", ["other rows", "too many", "too few"])
+def test_wrong_numbers_of_labels_make_the_loss_nan(wrong, products):
+    """Whatever they make of the chunks."""
+    right = LABELS_OF_EACH["some"]
+    problem = labeled(right)
     args = problem.hidden.view(B, L, -1), problem.weight, problem.labels.view(B, L)
     head = HeadLoss([Preference("simpo")])
-    right = LABELS_OF_EACH["some"]
-    wrong = [right[1], right[0], *right[2:]]  # as many in all
     assert head(*args, num_labeled=right).loss.isfinite()
-    assert head(*args, num_labeled=wrong).loss.isnan()
-    with pytest.raises(ValueError, match="has 4 rows, but there are 12 sequences"):
-        head(*args, num_labeled=[18, 15, 23, 3])
-    with pytest.raises(ValueError, match="has 7 rows, which 108 tokens are not"):
-        head(*args, num_labeled=[9] * 7)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        counts = [right[i] for i in torch.randperm(B, generator=g)]
+        total = sum(right)
+        if wrong != "other rows":
+            total += 1 if wrong == "too many" else -1
+            counts = total
+        assert counts != right
+        assert head(*args, num_labeled=counts).loss.isnan()
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([18, 15, 23, 3], "has 4 rows, but there are 12 sequences"),
+        ([9] * 7, "has 7 rows, which 108 tokens are not"),
+        (torch.ones(12), "a list with one for each row of labels, got one of torch"),
+        ("9", "a list with one for each row of labels, got .*str"),
+    ],
+)
+def test_what_are_no_numbers_of_labels_is_an_error(counts, message):
+    problem = labeled(LABELS_OF_EACH["some"])
+    args = problem.hidden.view(B, L, -1), problem.weight, problem.labels.view(B, L)
+    with pytest.raises(ValueError, match=message):
+        HeadLoss([Preference("simpo")])(*args, num_labeled=counts)
+
+
+def test_a_group_may_have_all_tokens_of_the_budget():
+    """Also where chunks of equal size would have fewer."""
+    counts = [50, 50, 20, 20, 24, 24]
+    problem = Problem(T=6 * 50, D=4, V=2048, ignored=0)
+    for row_L, count in zip(problem.labels.view(6, 50), counts, strict=True):
+        row_L[: 50 - count] = -100
+    head = HeadLoss([Preference("simpo")], HeadLossOptions(logits_memory_mib=1))
+    plan = head.plan(sum(counts), 4, 2048, torch.float32, "cpu")
+    assert (plan.tokens_per_chunk, plan.most_tokens) == (96, 128)
+    valid_T = problem.labels != -100
+    ids_T = torch.arange(6).repeat_interleave(50)
+    kept_N = valid_T.nonzero().squeeze(1)
+    sequences = Sequences(ids_T, 6, valid_T, tuple(range(0, 301, 50)))
+    plan, cut = sequences.kept(kept_N, counts, False).cut(plan, 2)
+    assert cut.cuts == ((0, 0), (100, 2), (188, 6))
+    assert (plan.tokens_per_chunk, plan.num_chunks) == (100, 2)

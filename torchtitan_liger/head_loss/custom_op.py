@@ -159,7 +159,6 @@ def _head_loss(
         all_labeled=all_labeled,
         teacher=None,
         sequences=None,
-        two_phase=False,
         scale=scale,
         products_dtype=products_dtype,
         tokens_per_chunk=tokens_per_chunk,

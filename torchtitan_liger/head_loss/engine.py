@@ -249,7 +249,7 @@ class HeadLoss:
         # What an ignored row holds must not reach the others of its sequence.
         rows = {name: masked(x, valid_N) for name, x in rows.items()}
 
-        plan, sequences, two_phase = self._schedule(
+        plan, sequences = self._schedule(
             labels_N.numel(), weight, call.products_dtype, shard, sequences, teacher
         )
         head_call = HeadCall(
@@ -262,7 +262,6 @@ class HeadLoss:
             all_labeled=all_labeled,
             teacher=teacher,
             sequences=sequences,
-            two_phase=two_phase,
             scale=scale,
             products_dtype=call.products_dtype,
             tokens_per_chunk=plan.tokens_per_chunk,
@@ -302,8 +301,8 @@ class HeadLoss:
         shard: VocabShard | None,
         sequences: Sequences | None,
         teacher: Teacher | None,
-    ) -> tuple[ChunkPlan, Sequences | None, bool]:
-        """The chunks, where they cut, and whether all statistics precede any gradient."""
+    ) -> tuple[ChunkPlan, Sequences | None]:
+        """The chunks, and how they cut the sequences."""
         num_columns = weight.shape[0] if shard is None else shard.widest
         plan = self.plan(
             num_tokens,
@@ -315,13 +314,12 @@ class HeadLoss:
             teacher_dtype=None if teacher is None else teacher.dtype,
         )
         if sequences is None or plan.num_chunks <= 1:
-            return plan, sequences, False
+            return plan, sequences
         groups = [term.sequences_per_group for term in self._sequence_terms]
         if None in groups:
-            return plan, sequences, True
+            return plan, sequences
         per_group = lcm(*(group or 1 for group in groups))
-        cut = sequences.cut(plan, per_group)
-        return (plan, sequences, True) if cut is None else (*cut, False)
+        return sequences.cut(plan, per_group) or (plan, sequences)
 
     def _reference(
         self,

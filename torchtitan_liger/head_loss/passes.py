@@ -66,7 +66,6 @@ class HeadCall(NamedTuple):
     all_labeled: bool  # whether all N are known to have a label
     teacher: Teacher | None  # [T, ...]
     sequences: Sequences | None
-    two_phase: bool  # all statistics before any gradient
     scale: torch.Tensor  # [] factor of the loss; its dtype is that of all sums
     products_dtype: torch.dtype
     tokens_per_chunk: int  # of the longest chunk
@@ -79,6 +78,13 @@ class HeadCall(NamedTuple):
         """With what the terms ask for now: they may change before a backward pass."""
         needs, jsd_beta = needs_of(self.terms), jsd_beta_of(self.terms)
         return self._replace(needs=needs, jsd_beta=jsd_beta)
+
+    @property
+    def two_phase(self) -> bool:
+        """Whether all statistics come before any gradient: chunks that hold no whole sequences
+        know too little for one."""
+        cut_anywhere = self.sequences is not None and self.sequences.cuts is None
+        return cut_anywhere and len(self.chunks()) > 1
 
     def chunks(self) -> list[slice]:
         """At least one, which may be empty."""

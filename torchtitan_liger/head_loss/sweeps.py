@@ -61,12 +61,9 @@ def statistics_sweep(
                 x.fill_(-torch.inf if name in ("max", "teacher_max") else 0.0)
             continue
         z, _ = _transformed(logits_Cv[rows], transform, part["max"].dtype)
-        torch.amax(z, dim=1, out=part["max"])
-        part["label_logit"].copy_(_pick(z, column_C[rows, None])[:, 0])
+        _sums_of_logits(z, column_C[rows], part)
         if candidates_CK is not None:
             part["candidate_logits"].copy_(_pick(z, candidates_CK[rows]).t())
-        if "logit_sum" in part:
-            torch.sum(z, dim=1, out=part["logit_sum"])
         shifted = z.sub(_finite(part["max"])[:, None])
         exp = shifted.exp()
         torch.sum(exp, dim=1, out=part["sumexp"])
@@ -147,18 +144,10 @@ def gradient_sweep(
             grad = shifted.exp_().mul_(softmax_C[:, None])
         else:
             grad = _general_gradient(shifted, log_sumexp_C, by, rows, teacher, jsd_beta)
-        if by.constant is not None:
-            grad.add_(by.constant[rows, None])
-        _scatter(grad, column_C[rows, None], by.label[rows, None])
         if by.candidates is not None:
             assert candidates_CK is not None
             _scatter(grad, candidates_CK[rows], by.candidates[rows])
-        if capped is not None:  # d tanh
-            grad.mul_(capped.square_().neg_().add_(1.0))
-        if transform.temperature != 1:
-            grad.div_(transform.temperature)
-        if grad.data_ptr() != logits_Cv[rows].data_ptr():
-            logits_Cv[rows].copy_(grad)
+        _finish(grad, column_C[rows], by.part(rows), capped, transform, logits_Cv[rows])
 
 
 def both_sweeps(
@@ -168,15 +157,53 @@ def both_sweeps(
     sums: Sums,
     coefficients: Coefficients,
 ) -> None:
-    """`statistics_sweep` and then `gradient_sweep`, in one trip to memory.
+    """`statistics_sweep` and then `gradient_sweep`, in one trip to memory and with one
+    exponential of each logit.
 
     Args:
-        coefficients: made of constants and of `sums`, which are filled here.
+        coefficients: of the softmax, a constant and the label alone; made of constants and
+            of `sums`, which are filled here.
     """
+    if logits_Cv.shape[1] == 0:
+        statistics_sweep(logits_Cv, column_C, transform, sums)
+        return
     for rows in _blocks(logits_Cv):
-        part = logits_Cv[rows], column_C[rows], transform
-        statistics_sweep(*part, {name: x[rows] for name, x in sums.items()})
-        gradient_sweep(*part, coefficients.part(rows))
+        part, by = {name: x[rows] for name, x in sums.items()}, coefficients.part(rows)
+        z, capped = _transformed(logits_Cv[rows], transform, part["max"].dtype)
+        _sums_of_logits(z, column_C[rows], part)
+        # `z` may be the logits themselves, which are not needed any more.
+        exp = z.sub_(_finite(part["max"])[:, None]).exp_()
+        torch.sum(exp, dim=1, out=part["sumexp"])
+        grad = exp.mul_((by.softmax / part["sumexp"])[:, None])
+        _finish(grad, column_C[rows], by, capped, transform, logits_Cv[rows])
+
+
+def _sums_of_logits(z: torch.Tensor, column_C: torch.Tensor, sums: Sums) -> None:
+    """Fill those that need no exponentials."""
+    torch.amax(z, dim=1, out=sums["max"])
+    sums["label_logit"].copy_(_pick(z, column_C[:, None])[:, 0])
+    if "logit_sum" in sums:
+        torch.sum(z, dim=1, out=sums["logit_sum"])
+
+
+def _finish(
+    grad: torch.Tensor,
+    column_C: torch.Tensor,
+    by: Coefficients,
+    capped: torch.Tensor | None,
+    transform: Transform,
+    out: torch.Tensor,
+) -> None:
+    """Add what is no multiple of a softmax, and go from logits to raw ones."""
+    if by.constant is not None:
+        grad.add_(by.constant[:, None])
+    _scatter(grad, column_C[:, None], by.label[:, None])
+    if capped is not None:  # d tanh
+        grad.mul_(capped.square_().neg_().add_(1.0))
+    if transform.temperature != 1:
+        grad.div_(transform.temperature)
+    if grad.data_ptr() != out.data_ptr():
+        out.copy_(grad)
 
 
 def scale(grad: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:

@@ -55,14 +55,20 @@ class Teacher:
         assert of_logits is not None
         return of_logits.dtype
 
-    def flat(self, leading: torch.Size, num_columns: int) -> Teacher:
+    def flat(self, labels: torch.Tensor, num_columns: int) -> Teacher:
         """The same teacher with tokens in one dim.
 
         Raises:
-            ValueError: where its dtypes or shapes do not fit to labels of shape `leading`
-                and a head with `num_columns`.
+            ValueError: where its dtypes, shapes or devices do not fit to the labels and a
+                head with `num_columns`.
         """
         check_floats("the teacher", self.dtype)
+        leading = labels.shape
+        for tensor in (self.logits, self.hidden, self.weight):
+            if tensor is not None and tensor.device != labels.device:
+                raise ValueError(
+                    f"the teacher is on {tensor.device}, and the labels on {labels.device}"
+                )
         if self.logits is not None:
             expected, got = (*leading, num_columns), tuple(self.logits.shape)
             if got != expected:

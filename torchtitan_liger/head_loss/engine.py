@@ -226,7 +226,7 @@ class HeadLoss:
         if teacher is not None:
             if not isinstance(teacher, Teacher):
                 raise ValueError(f"teacher must be a Teacher, got {type(teacher)}")
-            teacher = teacher.flat(labels.shape, weight.shape[0])
+            teacher = teacher.flat(labels, weight.shape[0])
 
         kept_N, scale, all_labeled = kept_rows(call, check_labels, num_labeled)
         if self.impl == "reference":

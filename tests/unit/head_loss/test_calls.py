@@ -329,6 +329,21 @@ def test_who_knows_the_labels_need_not_have_them_looked_at(impl):
     assert wrong.loss.isnan()
 
 
+@pytest.mark.parametrize("elsewhere", ["logits", "hidden", "weight"])
+def test_a_teacher_on_another_device_is_named(elsewhere):
+    problem = Problem(T=6, D=4, V=9)
+    shapes = {"hidden": (6, 4), "weight": (9, 4)}
+    shapes = {"logits": (6, 9)} if elsewhere == "logits" else shapes
+    teacher = {
+        name: torch.zeros(shape, device="meta" if name == elsewhere else "cpu")
+        for name, shape in shapes.items()
+    }
+    with pytest.raises(ValueError, match="teacher is on meta, and the labels on cpu"):
+        HeadLoss([Distillation()])(
+            problem.hidden, problem.weight, problem.labels, teacher=Teacher(**teacher)
+        )
+
+
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_what_no_term_reads_is_an_error(impl):
     problem = Problem(T=6, D=4, V=9)

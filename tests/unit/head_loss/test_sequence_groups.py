@@ -251,6 +251,14 @@ def test_what_are_no_numbers_of_labels_is_an_error(counts, message):
         HeadLoss([Preference("simpo")])(*args, num_labeled=counts)
 
 
+def test_numbers_of_labels_below_zero_make_the_loss_nan(products):
+    right = LABELS_OF_EACH["some"]
+    problem = labeled(right)
+    args = problem.hidden.view(B, L, -1), problem.weight, problem.labels.view(B, L)
+    counts = [right[0] + 30, right[1] - 30, *right[2:]]
+    assert HeadLoss([Preference("simpo")])(*args, num_labeled=counts).loss.isnan()
+
+
 def test_a_group_may_have_all_tokens_of_the_budget():
     """Also where chunks of equal size would have fewer."""
     counts = [50, 50, 20, 20, 24, 24]

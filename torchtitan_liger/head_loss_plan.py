@@ -141,14 +141,6 @@ class HeadLossPlan:
         """Whether cross entropy is all there is to report."""
         return self.formula == "cross_entropy"
 
-    @property
-    def has_perplexity(self) -> bool:
-        """Whether the term cross_entropy is the mean of -log p."""
-        return any(
-            isinstance(term, CrossEntropy) and not term.label_smoothing
-            for term in self.terms
-        )
-
     def announcement(self) -> str:
         """One line for the log."""
         if self.impl == "liger":

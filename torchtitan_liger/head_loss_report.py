@@ -34,20 +34,11 @@ class HeadLossReport:
     def __init__(self) -> None:
         self._parts: list[dict[str, torch.Tensor]] = []
         self._num_tokens: torch.Tensor | float = 0
-        self.weighted = False
-        """Whether tokens had weights: terms are then no means over tokens."""
 
     def clear(self) -> None:
         self._parts.clear()
-        self.weighted = False
 
-    def add(
-        self,
-        output: HeadLossOutput,
-        *,
-        num_tokens: torch.Tensor | float,
-        weighted: bool,
-    ) -> None:
+    def add(self, output: HeadLossOutput, *, num_tokens: torch.Tensor | float) -> None:
         """Add a micro-batch. Waits for nothing.
 
         Args:
@@ -55,7 +46,6 @@ class HeadLossReport:
         """
         self._num_tokens = num_tokens
         self._parts.append({**output.terms, **output.metrics})
-        self.weighted |= weighted
 
     def values(self, group: dist.ProcessGroup | None) -> dict[str, float]:
         """The values over all micro-batches and the ranks of `group`; none without a label.

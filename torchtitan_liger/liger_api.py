@@ -178,14 +178,13 @@ class LigerHeadLoss:
             all_labeled,
             torch.is_grad_enabled(),
         )
-        _, z_loss_weight = self._plain
-        if not z_loss_weight:
-            return HeadLossOutput(loss, {"cross_entropy": loss.detach()}, {})
-        terms = {
-            "cross_entropy": loss.detach() - z_loss,
-            "z_loss": z_loss / z_loss_weight,
-        }
-        return HeadLossOutput(loss, terms, {})
+        label_smoothing, z_loss_weight = self._plain
+        terms = {"cross_entropy": loss.detach()}
+        if z_loss_weight:
+            terms["cross_entropy"] = loss.detach() - z_loss
+            terms["z_loss"] = z_loss / z_loss_weight
+        metrics = {} if label_smoothing else {"nll": terms["cross_entropy"]}
+        return HeadLossOutput(loss, terms, metrics)
 
     def plan(
         self,

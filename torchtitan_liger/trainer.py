@@ -26,7 +26,7 @@ from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
 from torchtitan_liger.config_validator import head_loss_settings, model_args, resolve
 from torchtitan_liger.head_loss.calls import check_label_range
 from torchtitan_liger.head_loss.chunking import MIB
-from torchtitan_liger.head_loss_plan import FOR_TERMS, NUM_LABELED, TOKEN_WEIGHTS
+from torchtitan_liger.head_loss_plan import FOR_TERMS, NUM_LABELED
 from torchtitan_liger.head_loss_report import HeadLossReport
 from torchtitan_liger.lm_head import LMHead
 from torchtitan_liger.parallelize import (
@@ -183,9 +183,7 @@ class LigerTrainer(Trainer):
                 )
             del hidden_BLD
             output.loss.backward()
-        self.head_loss_report.add(
-            output, num_tokens=global_valid_tokens, weighted=TOKEN_WEIGHTS in rows
-        )
+        self.head_loss_report.add(output, num_tokens=global_valid_tokens)
         return output.loss
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
@@ -206,9 +204,9 @@ class LigerTrainer(Trainer):
         values = self.head_loss_report.values(group)
         if not values:
             return
-        if self.head_loss_plan.has_perplexity and not self.head_loss_report.weighted:
+        if "nll" in values:
             # In torch: Python's own raises where this is infinite.
-            nats = torch.tensor(values["cross_entropy"], dtype=torch.float64)
+            nats = torch.tensor(values.pop("nll"), dtype=torch.float64)
             values["perplexity"] = nats.exp().item()
         self.metrics_processor.logger.log(
             {f"head_loss/{name}": value for name, value in values.items()}, self.step

@@ -111,7 +111,8 @@ def test_the_terms_make_up_the_loss(alone):
     _, curves = alone
     names = {tag for tag in curves if tag.startswith("head_loss/")}
     assert names == {
-        f"head_loss/{name}" for name in (*WEIGHTS, "accuracy", "max_prob", "entropy")
+        f"head_loss/{name}"
+        for name in (*WEIGHTS, "accuracy", "max_prob", "entropy", "perplexity")
     }
     for step, loss in curves[LOSS].items():
         total = sum(w * curves[f"head_loss/{n}"][step] for n, w in WEIGHTS.items())
@@ -129,7 +130,7 @@ def test_the_log_says_what_is_trained_on_and_what_it_is(alone):
     assert [int(step) for step, _ in lines] == [1, 2]
     for step, line in lines:
         values = dict(re.findall(r"(\w+) ([-\d.e]+)", line))
-        assert len(values) == 7
+        assert len(values) == 8
         for name, value in values.items():
             tag = f"head_loss/{name}"
             assert float(value) == pytest.approx(curves[tag][int(step)], rel=1e-4)
@@ -145,7 +146,7 @@ def test_every_curve_is_that_of_one_process(layout, alone, train):
     assert "Preflight passed: chunked head" in log
     _, expected = alone
     tags = [tag for tag in expected if tag.startswith(("head_loss/", LOSS))]
-    assert len(tags) == 8
+    assert len(tags) == 9
     for tag in tags:
         # A token more or less that is right, of 512
         slack = 0.0021 if tag == "head_loss/accuracy" else 0.0

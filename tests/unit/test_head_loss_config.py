@@ -117,7 +117,6 @@ def test_the_default_is_plain_cross_entropy():
     assert plan.terms == (CrossEntropy(),)
     assert plan.options == HeadLossOptions()
     assert plan.is_plain
-    assert plan.has_perplexity
     assert plan.row_inputs == {}
 
 
@@ -153,12 +152,6 @@ def test_reinforce_reads_no_old_probabilities():
         "--head_loss.policy_gradient.kind=reinforce",
     )
     assert list(plan.row_inputs) == ["advantages"]
-
-
-def test_a_smoothed_cross_entropy_has_no_perplexity():
-    plan = plan_of("--head_loss.cross_entropy.label_smoothing=0.1")
-    assert plan.terms == (CrossEntropy(0.1),)
-    assert not plan.has_perplexity
 
 
 @pytest.mark.parametrize(

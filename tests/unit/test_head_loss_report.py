@@ -13,15 +13,14 @@ def output(**values):
     return HeadLossOutput(torch.tensor(0.0), {"a": tensors.pop("a")}, tensors)
 
 
-def add(report, weighted=False, num_tokens=5.0, **values):
-    num_tokens = torch.tensor(num_tokens)
-    report.add(output(**values), num_tokens=num_tokens, weighted=weighted)
+def add(report, num_tokens=5.0, **values):
+    report.add(output(**values), num_tokens=torch.tensor(num_tokens))
 
 
 def test_shares_are_summed_and_extremes_are_kept():
     report = HeadLossReport()
     add(report, a=1.0, ratio__max=3.0, ratio__min=0.5, max=0.25)
-    add(report, a=2.0, ratio__max=2.0, ratio__min=0.1, max=0.5, weighted=True)
+    add(report, a=2.0, ratio__max=2.0, ratio__min=0.1, max=0.5)
     values = report.values(None)
     # In the order of the terms and metrics; "max" alone is a name like any other.
     assert list(values) == ["a", "ratio/max", "ratio/min", "max"]
@@ -29,7 +28,6 @@ def test_shares_are_summed_and_extremes_are_kept():
     assert values["ratio/max"] == 3.0
     assert abs(values["ratio/min"] - 0.1) < 1e-7
     assert values["max"] == 0.75
-    assert report.weighted
 
 
 def test_a_step_without_labels_has_nothing_to_report():
@@ -40,12 +38,11 @@ def test_a_step_without_labels_has_nothing_to_report():
 
 def test_a_new_step_starts_from_nothing():
     report = HeadLossReport()
-    add(report, a=1.0, weighted=True)
+    add(report, a=1.0)
     report.clear()
     assert report.values(None) == {}
     add(report, a=4.0)
     assert report.values(None) == {"a": 4.0}
-    assert not report.weighted
 
 
 def test_one_collective_for_sums_and_one_for_each_kind_of_extreme(monkeypatch):
@@ -65,10 +62,3 @@ def test_one_collective_for_sums_and_one_for_each_kind_of_extreme(monkeypatch):
     add(report, a=1.0, b__max=2.0, c__max=3.0)
     report.values(group)
     assert calls[1:] == [(1, ops.SUM, group), (2, ops.MAX, group)]
-
-
-def test_one_weighted_micro_batch_makes_the_step_weighted():
-    report = HeadLossReport()
-    add(report, a=1.0, weighted=True)
-    add(report, a=1.0)
-    assert report.weighted

@@ -299,11 +299,15 @@ def test_an_old_version_says_what_to_type(monkeypatch):
 def test_terms_are_divided_by_the_normalizer(normalizer):
     problem = Problem(T=37, D=16, V=101)
     args = problem.hidden.float(), problem.weight.float(), problem.labels
-    terms = [CrossEntropy(0.1), ZLoss(0.01)]
-    on_device = (x.to(DEVICE) for x in args)
-    found = LigerHeadLoss(terms)(*on_device, normalizer=normalizer).terms
-    for name, value in HeadLoss(terms)(*args, normalizer=normalizer).terms.items():
-        assert found[name].item() == pytest.approx(value.item(), rel=1e-5)
+    on_device = [x.to(DEVICE) for x in args]
+    for smoothing in (0.0, 0.1):
+        terms = [CrossEntropy(smoothing), ZLoss(0.01)]
+        found = LigerHeadLoss(terms)(*on_device, normalizer=normalizer)
+        truth = HeadLoss(terms)(*args, normalizer=normalizer)
+        for name, value in truth.terms.items():
+            assert found.terms[name].item() == pytest.approx(value.item(), rel=1e-5)
+        nll = {} if smoothing else {"nll": pytest.approx(truth.metrics["nll"].item())}
+        assert {name: x.item() for name, x in found.metrics.items()} == nll
 
 
 @pytest.mark.parametrize("normalizer", [1, 64.0])

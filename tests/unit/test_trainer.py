@@ -27,7 +27,7 @@ from torchtitan_liger.trainer import LigerTrainer, explain_checkpoint
 OUTPUT = HeadLossOutput(
     torch.tensor(0.0),
     {"cross_entropy": torch.tensor(1000.0), "z_loss": torch.tensor(2.0)},
-    {"accuracy": torch.tensor(0.25)},
+    {"nll": torch.tensor(500.0), "accuracy": torch.tensor(0.25)},
 )
 
 
@@ -37,9 +37,7 @@ def trainer(monkeypatch):
 
     def train_step(self, _):
         for _ in range(2):
-            self.head_loss_report.add(
-                OUTPUT, num_tokens=self.num_tokens, weighted=self.weighted
-            )
+            self.head_loss_report.add(OUTPUT, num_tokens=self.num_tokens)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     trainer = LigerTrainer.__new__(LigerTrainer)
@@ -47,7 +45,7 @@ def trainer(monkeypatch):
         "chunked", HeadLossOptions(), (CrossEntropy(), ZLoss(0.0))
     )
     trainer.head_loss_report = HeadLossReport()
-    trainer.num_tokens, trainer.weighted = torch.tensor(8.0), False
+    trainer.num_tokens = torch.tensor(8.0)
     trainer.parallel_dims = SimpleNamespace(get_optional_mesh=lambda _: None)
     trainer.logged = {}
     trainer.metrics_processor = SimpleNamespace(
@@ -71,12 +69,6 @@ def test_a_step_is_logged_where_torchtitan_logs_it(trainer):
             "head_loss/perplexity": float("inf"),
         }
     }
-
-
-def test_weights_of_tokens_leave_no_perplexity(trainer):
-    trainer.step, trainer.weighted = 2, True
-    trainer.train_step(iter(()))
-    assert "head_loss/perplexity" not in trainer.logged[2]
 
 
 def test_a_step_without_labels_logs_nothing(trainer):

@@ -58,10 +58,12 @@ class HeadLossOutput(NamedTuple):
     """Each term before its weight, divided by the normalizer: loss = sum(weight * term).
     Empty with reduction "none"."""
     metrics: dict[str, torch.Tensor]
-    """What the statistics give for nothing: `accuracy` (of a token 1 if no logit is larger
-    than the label's, so also for one of several largest), `max_prob`, `entropy` if a term
-    needs it, and what the terms report as `term/metric`; divided by the normalizer, but
-    for those that end in "/max" or "/min". Only from impl "chunked"."""
+    """What the statistics give for nothing: `nll` (-log p of the label; the exponential of its
+    mean is the perplexity), `accuracy` (of a token 1 if no logit is larger than the
+    label's, so also for one of several largest), `max_prob`, `entropy` if a term needs it,
+    and what the terms report as `term/metric`; without token weights, divided by the
+    normalizer, but for those that end in "/max" or "/min". From impl "chunked"; the others
+    have `nll` alone, and not of a smoothed cross entropy."""
 
 
 class HeadLoss:
@@ -337,6 +339,7 @@ class HeadLoss:
         if reduction == "none":
             losses_T = torch.stack([weights[n] * x for n, x in by_token.items()]).sum(0)
             return HeadLossOutput((losses_T * call.scale).view(shape), {}, {})
+        nll = by_token["cross_entropy"].detach().sum() * call.scale
         values = {}
         for name, losses_T in by_token.items():
             if token_weights_T is not None:
@@ -344,7 +347,8 @@ class HeadLoss:
                 losses_T = torch.where(call.valid_T, losses_T * weights_T, 0.0)
             values[name] = losses_T.sum() * call.scale
         loss = torch.stack([weights[n] * value for n, value in values.items()]).sum()
-        return HeadLossOutput(loss, {n: x.detach() for n, x in values.items()}, {})
+        values = {name: value.detach() for name, value in values.items()}
+        return HeadLossOutput(loss, values, {} if self._plain[0] else {"nll": nll})
 
     def plan(
         self,

@@ -47,7 +47,7 @@ class Metrics:
     """What is reported beside the terms."""
 
     def __init__(self, terms: Sequence[Term]) -> None:
-        names = ["accuracy", "max_prob"]
+        names = ["nll", "accuracy", "max_prob"]
         if "entropy" in needs_of(terms):
             names.append("entropy")
         names += [f"{t.name}/{name}" for t in terms for name in t.metric_names]
@@ -67,7 +67,11 @@ class Metrics:
         Args:
             is_correct_C: whether no logit is larger than the label's.
         """
-        values = {"accuracy": is_correct_C, "max_prob": stats.max_logp.exp()}
+        values = {
+            "nll": -stats.logp,
+            "accuracy": is_correct_C,
+            "max_prob": stats.max_logp.exp(),
+        }
         if stats.entropy is not None:
             values["entropy"] = stats.entropy
         for term in terms:

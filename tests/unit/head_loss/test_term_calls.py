@@ -52,6 +52,7 @@ def test_terms_and_metrics_are_what_full_logits_give():
     out = head(problem.hidden, problem.weight, problem.labels, normalizer=len(y))
     entropy = torch.distributions.Categorical(logits=z).entropy().mean()
     expected = {
+        "nll": F.cross_entropy(z, y),
         "accuracy": (z.argmax(1) == y).double().mean(),
         "max_prob": z.softmax(1).amax(1).mean(),
         "entropy": entropy,
@@ -62,7 +63,25 @@ def test_terms_and_metrics_are_what_full_logits_give():
     assert out.terms["entropy_bonus"].item() == pytest.approx(-entropy.item())
     assert out.loss.item() == pytest.approx(F.cross_entropy(z, y).item())
     plain = HeadLoss()(problem.hidden, problem.weight, problem.labels)
-    assert plain.metrics.keys() == {"accuracy", "max_prob"}
+    assert plain.metrics.keys() == {"nll", "accuracy", "max_prob"}
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_nll_has_no_smoothing_and_no_token_weights(impl):
+    problem = Problem(T=50, D=16, V=11)
+    args = problem.hidden, problem.weight, problem.labels
+    weights = torch.rand(50, dtype=torch.float64)
+    z = problem.hidden @ problem.weight.T
+    nll = F.cross_entropy(z, problem.labels, reduction="sum")
+    out = HeadLoss([CrossEntropy(), ZLoss(0.1)], impl=impl)(
+        *args, token_weights=weights
+    )
+    assert out.metrics["nll"].item() == pytest.approx(nll.item(), rel=1e-12)
+    smoothed = HeadLoss([CrossEntropy(0.1)], impl=impl)(*args).metrics
+    if impl == "chunked":
+        assert smoothed["nll"].item() == pytest.approx(nll.item(), rel=1e-12)
+    else:
+        assert "nll" not in smoothed
 
 
 def test_a_label_is_right_where_no_logit_is_larger():

@@ -2,7 +2,8 @@
 # Starts a training run; sets up an environment first where there is none. `--help` tells
 # the rest.
 set -euo pipefail
-root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+here=$(readlink -f -- "${BASH_SOURCE[0]}" 2>/dev/null || echo "${BASH_SOURCE[0]}")
+root=$(CDPATH='' cd -- "$(dirname -- "$here")" && pwd -P)
 
 # The GPUs that a process started here would see.
 count_gpus() {

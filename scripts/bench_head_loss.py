@@ -128,6 +128,12 @@ def parse_args() -> argparse.Namespace:
         parser.error("--uneven and --append belong to --tp")
     if args.append and not args.output:
         parser.error("--append needs the --output to which it adds rows")
+    if args.append and args.output.exists() != args.output.with_suffix(".csv").exists():
+        parser.error(f"--append: of {args.output} and its CSV only one is there")
+    if (args.mixtures or args.tp) and args.budgets:
+        parser.error("--budgets are for rows of chunked: leave out --mixtures and --tp")
+    if args.grow and getattr(args, args.grow) is not None:
+        parser.error(f"--grow {args.grow} changes --{args.grow}: give --sizes instead")
     if args.sizes and not args.grow:
         parser.error("--sizes needs --grow tokens or --grow vocab")
     if not all(0 <= share < 1 for share in args.ignored):
@@ -149,11 +155,12 @@ def parse_args() -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.sizes = args.sizes or GROWTH.get(args.grow)
-    for name in ("tokens", "dim", "vocab", "repeats", "sizes"):
+    least = {"tokens": 1, "dim": 1, "vocab": 1, "repeats": 1, "sizes": 1, "warmup": 0}
+    for name, low in least.items():
         value = getattr(args, name)
         numbers = value if isinstance(value, list) else [value]
-        if value is not None and min(numbers) < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
+        if value is not None and min(numbers) < low:
+            parser.error(f"--{name} must be at least {low}, got {value}")
     skipped = NOT_GROWN if args.grow else ()
     args.impl = args.impl or [name for name in FAMILIES if name not in skipped]
     return args

@@ -97,7 +97,7 @@ def parse_args() -> argparse.Namespace:
     add("--impl", choices=IMPLS, nargs="+", default=["stock", "liger"])
     add("--steps", type=int, help="default: 30; 3 with --largest")
     add("--warmup", type=int, help="steps left out; default: 10; 1 with --largest")
-    ngpu = int(os.environ.get("NGPU", 1))
+    ngpu = os.environ.get("NGPU", "1")  # by argparse, as on the command line
     add("--gpus", type=int, default=ngpu, help="processes (default: NGPU, or 1)")
     add(
         "--label",

@@ -7,7 +7,6 @@ A new one is a function in `FAMILIES`. The losses are in head_loss_mixtures.py.
 
 from __future__ import annotations
 
-import inspect
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -150,10 +149,13 @@ def engine_loss(
     """As the trainer calls it: the labels are looked at, and counted, on the host."""
     read = frozenset().union(*(term.inputs for term in head_loss.terms))
     hints |= {name: inputs.rows[name] for name in read}
-    if "num_labeled" in inspect.signature(head_loss.__call__).parameters:
-        hints["num_labeled"] = inputs.num_labeled
+    num_labeled = inputs.num_labeled
     return head_loss(
-        *inputs[:3], normalizer=inputs.num_labeled, check_labels=False, **hints
+        *inputs[:3],
+        normalizer=num_labeled,
+        check_labels=False,
+        num_labeled=num_labeled,
+        **hints,
     ).loss
 
 

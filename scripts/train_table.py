@@ -39,6 +39,10 @@ class Table:
         self.earlier_text = ""
         self.earlier_rows: list[Row] = []
         if output and output.exists():
+            if not output.with_suffix(".csv").exists():
+                raise SystemExit(
+                    f"{output} is there without its CSV: choose another --output"
+                )
             self.earlier_text = output.read_text() + "\n"
             with open(output.with_suffix(".csv"), newline="") as file:
                 reader = csv.DictReader(file)

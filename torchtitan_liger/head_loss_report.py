@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from torchtitan_liger.head_loss import HeadLossOutput
 from torchtitan_liger.head_loss.evaluate import is_extreme
-
-
-class _Reduction(NamedTuple):
-    over_micro_batches: Callable[..., torch.Tensor]
-    over_ranks: dist.ReduceOp.RedOpType
-
-
-_REDUCTIONS = {
-    "sum": _Reduction(torch.sum, dist.ReduceOp.SUM),
-    "max": _Reduction(torch.amax, dist.ReduceOp.MAX),
-    "min": _Reduction(torch.amin, dist.ReduceOp.MIN),
-}
 
 
 class HeadLossReport:
@@ -50,23 +37,27 @@ class HeadLossReport:
     def values(self, group: dist.ProcessGroup | None) -> dict[str, float]:
         """The values over all micro-batches and the ranks of `group`; none without a label.
 
-        One collective, one more where there are maxima, and one where there are minima.
+        One collective, and one more where there are extremes.
         """
         found: dict[str, float] = {}
         names = list(self._parts[0]) if self._parts and self._num_tokens else []
-        for kind, reduction in _REDUCTIONS.items():
-            alike = [name for name in names if _kind(name) == kind]
+        for extreme in (False, True):
+            alike = [name for name in names if is_extreme(name) == extreme]
             if not alike:
                 continue
             rows = [
-                torch.stack([part[n].float() for n in alike]) for part in self._parts
+                torch.stack([_signed(n, part[n].float()) for n in alike])
+                for part in self._parts
             ]
-            packed = reduction.over_micro_batches(torch.stack(rows), dim=0)
+            packed = torch.stack(rows)
+            packed = packed.amax(dim=0) if extreme else packed.sum(dim=0)
             if group is not None:
-                dist.all_reduce(packed, reduction.over_ranks, group)
+                op = dist.ReduceOp.MAX if extreme else dist.ReduceOp.SUM
+                dist.all_reduce(packed, op, group)
             found.update(zip(alike, packed.tolist(), strict=True))
-        return {name: found[name] for name in names}
+        return {name: _signed(name, found[name]) for name in names}
 
 
-def _kind(name: str) -> str:
-    return name.rpartition("/")[2] if is_extreme(name) else "sum"
+def _signed(name: str, x: Any) -> Any:
+    """A minimum is the maximum of the negatives."""
+    return -x if name.endswith("/min") else x

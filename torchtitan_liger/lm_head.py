@@ -112,8 +112,15 @@ class LMHead(nn.Linear):
             self.num_fused_calls += 1
         hidden, weight, shard = _local_inputs(hidden, self.weight, self.tp_mesh)
         if teacher_logits is not None:
-            start = 0 if shard is None else shard.start
-            columns = slice(start, start + weight.shape[0])
+            start, vocab_size = (
+                (0, len(weight)) if shard is None else (shard.start, shard.vocab_size)
+            )
+            if teacher_logits.shape[-1] != vocab_size:
+                raise ValueError(
+                    f"teacher_logits must be over the {vocab_size} token ids of this model, "
+                    f"got {list(teacher_logits.shape)}"
+                )
+            columns = slice(start, start + len(weight))
             call["teacher"] = Teacher(
                 logits=teacher_logits[..., columns],
                 temperature=head_loss.options.temperature,

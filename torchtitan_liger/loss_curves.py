@@ -272,13 +272,14 @@ class _LogParser:
         elif match := _COUNT.search(line):
             self.facts = replace(self.facts, fused_calls=int(match[1]), impl=match[2])
         elif "Ran out of data; last step was canceled" in line:
-            last = max(self.curves.get(LOSS, {}), default=0)
+            last = next(reversed(self.curves.get(LOSS, {})), 0)
             self.facts = replace(self.facts, last_step=last)
         elif "Training completed" in line:
             self.facts = replace(self.facts, finished=True)
 
     def _step(self, validation: bool, step: int, values: str) -> None:
-        if not validation and step <= max(self.curves.get(LOSS, {}), default=step - 1):
+        latest = next(reversed(self.curves.get(LOSS, {})), step - 1)  # they ascend
+        if not validation and step <= latest:
             self.restarts.append(step)
             for tag, curve in self.curves.items():
                 self.curves[tag] = _continue_at(curve, step)

@@ -9,7 +9,7 @@ import importlib
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -159,11 +159,12 @@ class LigerTrainer(Trainer):
         num_labeled: Any = input_dict.pop(NUM_LABELED, None)
         self.head_loss_plan.check_batch(input_dict)
         rows, input_dict = self.head_loss_plan.split_batch(input_dict)
+        whole_shape = labels.shape
         inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(
             input_dict, labels
         )
         if self.parallel_dims.cp_enabled:
-            rows = shard_rows(rows, extra_kwargs["positions"])
+            rows = shard_rows(rows, whole_shape, extra_kwargs["positions"])
             num_labeled = None  # of all ranks' shares
         (model,) = self.model_parts
         gather_early = early_gather(model)
@@ -328,13 +329,25 @@ def explain_checkpoint(error: CheckpointException) -> str:
 
 
 def shard_rows(
-    rows: Mapping[str, torch.Tensor], positions_Bl: torch.Tensor
+    rows: Mapping[str, torch.Tensor],
+    shape_BL: Sequence[int],
+    positions_Bl: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """This rank's part of tensors [B, L, ...] under context parallelism.
 
     Args:
+        shape_BL: that of the labels of the whole sequences.
         positions_Bl: which tokens of the whole sequence this rank has, in its order:
             torchtitan shards them as it does the labels.
+
+    Raises:
+        ValueError: for a tensor of another shape, of which positions would take anything.
     """
+    for name, row in rows.items():
+        if not isinstance(row, torch.Tensor) or row.shape[:2] != torch.Size(shape_BL):
+            got = list(row.shape) if isinstance(row, torch.Tensor) else type(row)
+            raise ValueError(
+                f"{name} must be a tensor like the labels, {list(shape_BL)}, got {got}"
+            )
     batch_B1 = torch.arange(len(positions_Bl), device=positions_Bl.device)[:, None]
     return {name: row_BL[batch_B1, positions_Bl] for name, row_BL in rows.items()}

@@ -126,7 +126,8 @@ def context_parallel_rows() -> bool:
         inputs, labels, kwargs = prepare_context_parallel_input(
             labels_BL, labels_BL, {}, mesh, torch.device("cpu"), balancer
         )
-        rows = shard_rows({"x": labels_BL, "xs": row_BLK}, kwargs["positions"])
+        rows = {"x": labels_BL, "xs": row_BLK}
+        rows = shard_rows(rows, labels_BL.shape, kwargs["positions"])
         assert labels.shape == (3, 8)
         alike.append(torch.equal(rows["x"], labels))
         alike.append(torch.equal(rows["xs"], torch.stack([inputs, -inputs], dim=-1)))

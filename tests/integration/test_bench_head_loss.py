@@ -128,6 +128,9 @@ def test_rows_can_be_chosen_by_their_names(bench, capsys):
     [
         (["--tokens=0"], "--tokens must be at least 1, got 0"),
         (["--grow=tokens", "--sizes", "0", "5"], "--sizes must be at least 1"),
+        (["--warmup=-2"], "--warmup must be at least 0, got -2"),
+        (["--grow=tokens", "--tokens=5"], "changes --tokens: give --sizes"),
+        (["--mixtures", "--budgets", "64"], "--budgets are for rows of chunked"),
         (["--device=cuda"], "--device cuda: torch sees no GPU; use --device cpu"),
     ],
 )

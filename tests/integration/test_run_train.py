@@ -27,6 +27,13 @@ def test_the_job_goes_to_torchrun_with_the_debug_model_by_default(shell, repo, r
     )
 
 
+def test_a_link_to_the_script_is_the_script(shell, repo, run_env, tmp_path):
+    (tmp_path / "train").symlink_to(repo / "run_train.sh")
+    report = shell.report(tmp_path / "train", VIRTUAL_ENV=run_env)
+    config = repo / "train_configs/debug_model.toml"
+    assert f"--job.config_file={config}" in report["args"]
+
+
 def test_torchtitans_variables_are_obeyed(shell, repo, run_env):
     write(shell.cwd / "my job.toml", "")
     args = shell.report(

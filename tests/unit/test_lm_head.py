@@ -102,6 +102,16 @@ def test_a_shard_takes_its_columns_of_the_teachers_logits(monkeypatch):
     assert found["teacher"].temperature == 2
 
 
+@pytest.mark.parametrize("width", [6, 8])
+def test_a_teacher_of_another_vocabulary_is_refused(width):
+    head = LMHead.from_linear(nn.Linear(4, 7, bias=False))
+    head.head_loss = HeadLoss([Distillation()])
+    hidden, labels = torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.long)
+    message = rf"the 7 token ids of this model, got \[2, 3, {width}\]"
+    with pytest.raises(ValueError, match=message):
+        head(hidden, labels, teacher_logits=torch.randn(2, 3, width))
+
+
 def test_who_has_its_teachers_logits_has_nothing_to_learn_at_any_temperature():
     head = LMHead.from_linear(nn.Linear(4, 7, bias=False))
     head.head_loss = HeadLoss([Distillation()], HeadLossOptions(temperature=3.0))

@@ -37,6 +37,7 @@ CONFIGS = [JobConfig, job_config.JobConfig]
         (["--quantize.linear.float8.emulate", "yes"], "yes", "float8.no-emulate"),
         (["--training.steps=3", "x"], "x", None),
         (["x", "--checkpoint.enable"], "x", None),
+        (["--checkpoint.enable", "--checkpoint.x"], "--checkpoint.x", None),
         (["--checkpoint.enabel"], "--checkpoint.enabel", None),
     ],
 )

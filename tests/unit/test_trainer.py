@@ -22,7 +22,7 @@ from torchtitan_liger.head_loss_plan import HeadLossPlan
 from torchtitan_liger.head_loss_report import HeadLossReport
 from torchtitan_liger.liger_api import LigerHeadLoss
 from torchtitan_liger.lm_head import LMHead
-from torchtitan_liger.trainer import LigerTrainer, explain_checkpoint
+from torchtitan_liger.trainer import LigerTrainer, explain_checkpoint, shard_rows
 
 OUTPUT = HeadLossOutput(
     torch.tensor(0.0),
@@ -69,6 +69,20 @@ def test_a_step_is_logged_where_torchtitan_logs_it(trainer):
             "head_loss/perplexity": float("inf"),
         }
     }
+
+
+@pytest.mark.parametrize(
+    "row", [torch.ones(2, 6), torch.ones(3, 4), torch.ones(2), [[1.0] * 4] * 2]
+)
+def test_what_is_no_row_of_the_batch_is_not_cut_into_one(row):
+    positions = torch.tensor([[0, 3], [0, 3]])
+    shape = torch.Size([2, 4])
+    found = shard_rows({"x": torch.arange(8).view(2, 4)}, shape, positions)
+    assert found["x"].tolist() == [[0, 3], [4, 7]]
+    with pytest.raises(
+        ValueError, match=r"advantages must be .* labels, \[2, 4\], got"
+    ):
+        shard_rows({"advantages": row}, shape, positions)
 
 
 def test_a_step_without_labels_logs_nothing(trainer):

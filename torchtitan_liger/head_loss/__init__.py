@@ -9,6 +9,7 @@ In the order of a call:
     passes, products, vocab_parallel             one chunk: products, sweeps, a collective
     sweeps (triton_*: on GPUs)                   logits -> sums, coefficients -> gradient
     statistics, evaluate                         sums -> terms -> coefficients
+    gradients                                    handed on in the backward pass
     reference                                    full logits, to compare with
 """
 

@@ -1,5 +1,8 @@
 """What every implementation does with the arguments of a call.
 
+A mistake that only a GPU can see makes `Call.scale` NaN, and with it the loss and all
+gradients: nobody has to wait for the GPU to find it.
+
 `T` tokens, `N` of them that count, `K` candidates of each, `D` width, `V` vocabulary.
 """
 
@@ -44,7 +47,7 @@ def prepare(
         ValueError: where shapes, dtypes, devices, the normalizer or, with `check_labels`,
             the labels do not fit; the message holds what was got.
     """
-    _check_tensors(hidden, weight, labels)
+    check_tensors(hidden, weight, labels)
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     if check_labels and not torch.compiler.is_compiling():
         check_label_range(labels, vocab_size, ignore_index)
@@ -64,35 +67,27 @@ def prepare(
     )
 
 
-def per_token(
-    inputs: Mapping[str, torch.Tensor],
-    labels: torch.Tensor,
-    *,
-    with_extra_dim: Collection[str] = (),
-) -> dict[str, torch.Tensor]:
-    """The same tensors with tokens in one dim.
+def per_token(name: str, tensor: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The same tensor with tokens in one dim.
 
     Raises:
         ValueError: for one that has another shape than `labels` (but one more dim, for
-            those named so), or is on another device.
+            "candidates"), or is on another device.
     """
-    flat = {}
-    for name, tensor in inputs.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.is_complex():
-            raise ValueError(
-                f"{name} must be a real tensor like labels, got {_kind(tensor)}"
-            )
-        more = name in with_extra_dim
-        leading = tensor.shape[: labels.ndim] if more else tensor.shape
-        fits = leading == labels.shape and tensor.ndim == labels.ndim + more
-        if not fits or tensor.device != labels.device:
-            expected = (*labels.shape, "K") if more else tuple(labels.shape)
-            raise ValueError(
-                f"{name} must be like labels, {expected} on {labels.device}, "
-                f"got {tuple(tensor.shape)} on {tensor.device}"
-            )
-        flat[name] = tensor.reshape(labels.numel(), *tensor.shape[labels.ndim :])
-    return flat
+    if not isinstance(tensor, torch.Tensor) or tensor.is_complex():
+        raise ValueError(
+            f"{name} must be a real tensor like labels, got {_kind(tensor)}"
+        )
+    more = name == "candidates"
+    leading = tensor.shape[: labels.ndim] if more else tensor.shape
+    fits = leading == labels.shape and tensor.ndim == labels.ndim + more
+    if not fits or tensor.device != labels.device:
+        expected = (*labels.shape, "K") if more else tuple(labels.shape)
+        raise ValueError(
+            f"{name} must be like labels, {expected} on {labels.device}, "
+            f"got {tuple(tensor.shape)} on {tensor.device}"
+        )
+    return tensor.reshape(labels.numel(), *tensor.shape[labels.ndim :])
 
 
 def row_inputs_of(
@@ -118,7 +113,7 @@ def row_inputs_of(
             f"the terms read the inputs {', '.join(wanted) or '(none)'}, which are in "
             f"their `inputs`: {', '.join(problems)}"
         )
-    rows = per_token(given, labels, with_extra_dim=("candidates",))
+    rows = {name: per_token(name, x, labels) for name, x in given.items()}
     if torch.is_grad_enabled() and (
         learn := [n for n, x in rows.items() if x.requires_grad]
     ):
@@ -145,7 +140,9 @@ def kept_rows(
             the caller knows. The scale is NaN if that is wrong.
     """
     valid_T, scale = call.valid_T, call.scale
-    if isinstance(num_labeled, str | torch.Tensor):
+    compiling = torch.compiler.is_compiling()
+    is_array = not compiling and getattr(num_labeled, "ndim", 0) > 0
+    if isinstance(num_labeled, str | torch.Tensor) or is_array:
         raise ValueError(
             "num_labeled must be a whole number, or a list with one for each row of labels, "
             f"got {_kind(num_labeled)}"
@@ -154,7 +151,6 @@ def kept_rows(
         scale = scale.masked_fill(_counts_are_wrong(valid_T, num_labeled), torch.nan)
         num_labeled = sum(num_labeled)
     num_tokens = valid_T.numel()
-    compiling = torch.compiler.is_compiling()
     on_host = valid_T.device.type == "cpu" or check_labels
     if num_labeled is None:
         if compiling or not on_host:
@@ -162,7 +158,8 @@ def kept_rows(
         num_labeled = int(valid_T.sum())
     else:
         scale = scale.masked_fill(valid_T.sum() != num_labeled, torch.nan)
-        if isinstance(num_labeled, float) or not 0 <= num_labeled <= num_tokens:
+        no_count = isinstance(num_labeled, float | bool)
+        if no_count or not 0 <= num_labeled <= num_tokens:
             raise ValueError(
                 f"num_labeled must be a whole number in [0, {num_tokens}], got "
                 f"{num_labeled}"
@@ -175,15 +172,17 @@ def kept_rows(
 
 
 def _counts_are_wrong(valid_T: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    if not counts or valid_T.numel() % len(counts):
+    num_tokens = valid_T.numel()
+    if num_tokens % len(counts) if counts else num_tokens:
         raise ValueError(
-            f"num_labeled has {len(counts)} rows, which {valid_T.numel()} tokens are not"
+            f"num_labeled has {len(counts)} rows, which {num_tokens} tokens are not"
         )
     on_gpu = valid_T.is_cuda
     given = torch.tensor(counts, pin_memory=on_gpu).to(
         valid_T.device, non_blocking=True
     )
-    return (valid_T.view(len(counts), -1).sum(dim=1) != given).any()
+    by_row = valid_T.view(len(counts), num_tokens // max(1, len(counts)))
+    return (by_row.sum(dim=1) != given).any()
 
 
 def check_candidates(
@@ -296,16 +295,25 @@ def _inverse(
         return torch.where(
             value == 0, 1.0, torch.where(usable, value, torch.nan)
         ).reciprocal()
-    if not 0 <= normalizer < math.inf:
+    if (
+        normalizer is None
+        or isinstance(normalizer, str)
+        or not 0 <= normalizer < math.inf
+    ):
         raise ValueError(
-            f"normalizer must be a finite number, at least 0, got {normalizer}"
+            f"normalizer must be a finite number, at least 0, got {normalizer!r}"
         )
     return torch.full((), 1 / (normalizer or 1), dtype=dtype, device=device)
 
 
-def _check_tensors(
+def check_tensors(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
 ) -> None:
+    """
+    Raises:
+        ValueError: where kinds, dtypes, shapes or devices do not fit; the message holds
+            what was got.
+    """
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name} must be a tensor, got {_kind(tensor)}")

@@ -39,6 +39,9 @@ class ChunkedHeadLoss(torch.autograd.Function):
     `loss` is differentiable, by `token_weights_N` as well, which may be None; `by_term`,
     one sum per term before its weight, and `metrics` are not. Under vocabulary sharding
     the gradient of `hidden_TD` is this rank's share: the caller sums it over the group.
+
+    With `call.by_token`, `loss` is [N]. How much each token's counts is known only in the
+    backward pass, where the logits are computed once more: four products instead of three.
     """
 
     @staticmethod
@@ -51,7 +54,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         call = call.of_this_moment()
         need_d_hidden, need_d_weight, need_d_token_weights, _ = ctx.needs_input_grad
-        ctx.later = call.products_dtype == torch.float16
+        ctx.later = call.by_token or call.products_dtype == torch.float16
         now = call.with_grad and not ctx.later
         result = run(
             hidden_TD,
@@ -74,7 +77,8 @@ class ChunkedHeadLoss(torch.autograd.Function):
                 d_token_weights_N, result.d_hidden_TD, result.d_weight_vD
             )
         ctx.mark_non_differentiable(result.by_term, result.metrics)
-        return result.loss, result.by_term, result.metrics
+        loss = result.by_token_N if call.by_token else result.loss
+        return loss, result.by_term, result.metrics
 
     @staticmethod
     @without_second_derivative
@@ -85,7 +89,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
         if d_token_weights_N is not None:
             d_token_weights_N = d_token_weights_N * grad_loss
         if ctx.later:
-            by_N = grad_loss.expand(len(ctx.call.labels_N))
+            by_N = grad_loss.to(ctx.call.scale.dtype).expand(len(ctx.call.labels_N))
             grads = _later_gradients(ctx, saved, by_N)
             return *grads, d_token_weights_N, None
         scaled = (
@@ -93,39 +97,6 @@ class ChunkedHeadLoss(torch.autograd.Function):
             for grad, dtype in zip(saved, ctx.dtypes, strict=True)
         )
         return *scaled, d_token_weights_N, None
-
-
-class ChunkedTokenLosses(torch.autograd.Function):
-    """`apply(hidden_TD, weight_vD, call) -> losses_N`, one loss per token.
-
-    How much each token's loss counts is known only in the backward pass, where the logits
-    are computed once more: four products instead of three.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_TD: torch.Tensor, weight_vD: torch.Tensor, call: HeadCall
-    ) -> torch.Tensor:
-        call = call.of_this_moment()
-        result = run(
-            hidden_TD,
-            weight_vD,
-            None,
-            call,
-            need_d_hidden=False,
-            need_d_weight=False,
-            need_partials=call.with_grad,
-        )
-        ctx.call, ctx.sums, ctx.partials = call, result.sums, result.partials
-        # What the logits are computed from once more may not change until then.
-        ctx.save_for_backward(hidden_TD, weight_vD, *call.read_again())
-        return result.by_token_N
-
-    @staticmethod
-    @without_second_derivative
-    def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        by_N = grad_N.to(ctx.call.scale.dtype)
-        return *_later_gradients(ctx, ctx.saved_tensors, by_N), None
 
 
 def _later_gradients(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,6 +9,7 @@ from typing import Literal
 import torch
 
 from torchtitan_liger.head_loss.calls import check_floats
+from torchtitan_liger.head_loss.options import is_finite_number
 from torchtitan_liger.head_loss.statistics import Statistics
 from torchtitan_liger.head_loss.terms import Rows, Term, check_choice
 
@@ -38,14 +38,15 @@ class Teacher:
         neither = self.hidden is None and self.weight is None
         if not (both if self.logits is None else neither):
             raise ValueError("a teacher has either logits, or hidden and weight")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+        if not (is_finite_number(self.temperature) and self.temperature > 0):
             raise ValueError(
-                f"the teacher's temperature must be positive, got {self.temperature}"
+                "the teacher's temperature must be a positive number, got "
+                f"{self.temperature!r}"
             )
-        if not (self.logit_softcap >= 0 and math.isfinite(self.logit_softcap)):
+        if not (is_finite_number(self.logit_softcap) and self.logit_softcap >= 0):
             raise ValueError(
-                "the teacher's logit_softcap must be 0 (off) or positive, got "
-                f"{self.logit_softcap}"
+                "the teacher's logit_softcap must be 0 (off) or a positive number, got "
+                f"{self.logit_softcap!r}"
             )
 
     @property

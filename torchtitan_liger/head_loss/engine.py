@@ -23,7 +23,7 @@ from torchtitan_liger.head_loss.calls import (
     prepare,
     row_inputs_of,
 )
-from torchtitan_liger.head_loss.chunked import ChunkedHeadLoss, ChunkedTokenLosses
+from torchtitan_liger.head_loss.chunked import ChunkedHeadLoss
 from torchtitan_liger.head_loss.chunking import (
     ChunkPlan,
     budget_bytes,
@@ -196,9 +196,7 @@ class HeadLoss:
                     'token_weights multiply nothing with reduction="none": multiply the '
                     "losses"
                 )
-            (token_weights,) = per_token(
-                {"token_weights": token_weights}, labels
-            ).values()
+            token_weights = per_token("token_weights", token_weights, labels)
         if reduction == "none" and self._sequence_terms:
             raise ValueError(
                 'reduction="none" has no gradients for terms over sequences: give '
@@ -269,10 +267,11 @@ class HeadLoss:
             tokens_per_chunk=plan.tokens_per_chunk,
             shard=shard,
             with_grad=torch.is_grad_enabled(),
+            by_token=reduction == "none",
         )
         if reduction == "none":
-            losses_N = custom_op.apply_eagerly(
-                ChunkedTokenLosses, call.hidden_TD, weight, head_call
+            losses_N, *_ = custom_op.apply_eagerly(
+                ChunkedHeadLoss, call.hidden_TD, weight, None, head_call
             )
             losses_T = losses_N
             if kept_N is not None:
@@ -315,10 +314,8 @@ class HeadLoss:
             sharded=shard is not None,
             teacher_dtype=None if teacher is None else teacher.dtype,
         )
-        if sequences is None or plan.num_chunks <= 1:
-            return plan, sequences
-        groups = [term.sequences_per_group for term in self._sequence_terms]
-        if None in groups:
+        groups = [t.sequences_per_group for t in self._sequence_terms if t.weight]
+        if sequences is None or plan.num_chunks <= 1 or not groups or None in groups:
             return plan, sequences
         per_group = lcm(*(group or 1 for group in groups))
         return sequences.cut(plan, per_group) or (plan, sequences)

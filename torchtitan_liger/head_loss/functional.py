@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from torchtitan_liger.head_loss.calls import check_tensors
 from torchtitan_liger.head_loss.engine import EngineImpl, HeadLoss
 from torchtitan_liger.head_loss.options import HeadLossOptions
 from torchtitan_liger.head_loss.terms import plain_terms
@@ -92,6 +93,7 @@ def linear_cross_entropy(
         head_loss = getattr(_heads, name)
     else:
         head_loss = _head_loss(impl, **settings)
+    check_tensors(hidden, weight, labels)  # before other ranks wait for this one
     shard = None
     if tp_group is not None:
         shard = shard_of(weight, tp_group)

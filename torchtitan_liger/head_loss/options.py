@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 ACC_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def is_finite_number(x: Any) -> bool:
+    """Of Python's: a tensor would be no constant of a kernel."""
+    is_number = isinstance(x, int | float) and not isinstance(x, bool)
+    return is_number and math.isfinite(x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +46,16 @@ class HeadLossOptions:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "float" and not (
-                isinstance(value, int | float) and math.isfinite(value)
-            ):
-                raise ValueError(f"{field.name} must be a finite number, got {value!r}")
+            if field.type == "float" and not is_finite_number(value):
+                raise ValueError(
+                    f"{field.name} must be a finite int or float, got {value!r}"
+                )
         if (
             type(self.ignore_index) is not int
             or not -(2**63) <= self.ignore_index < 2**63
         ):
             raise ValueError(
-                f"ignore_index must be an int64, got {self.ignore_index!r}"
+                f"ignore_index must be an int of at most 64 bits, got {self.ignore_index!r}"
             )
         if self.logit_softcap < 0:
             raise ValueError(

@@ -50,7 +50,13 @@ from torchtitan_liger.head_loss.statistics import (
     unpack,
 )
 from torchtitan_liger.head_loss.sweeps import Logits, Transform
-from torchtitan_liger.head_loss.terms import Rows, Term, jsd_beta_of, needs_of
+from torchtitan_liger.head_loss.terms import (
+    Rows,
+    SequenceTerm,
+    Term,
+    jsd_beta_of,
+    needs_of,
+)
 from torchtitan_liger.head_loss.vocab_parallel import VocabShard, add_up, exchange
 
 
@@ -71,6 +77,7 @@ class HeadCall(NamedTuple):
     tokens_per_chunk: int  # of the longest chunk
     shard: VocabShard | None
     with_grad: bool
+    by_token: bool = False  # one loss for each token instead of their sum
     needs: frozenset[str] = frozenset()
     jsd_beta: float = 0.5
 
@@ -84,7 +91,8 @@ class HeadCall(NamedTuple):
         """Whether all statistics come before any gradient: chunks that hold no whole sequences
         know too little for one."""
         cut_anywhere = self.sequences is not None and self.sequences.cuts is None
-        return cut_anywhere and len(self.chunks()) > 1
+        learns = any(isinstance(t, SequenceTerm) and t.weight for t in self.terms)
+        return cut_anywhere and learns and len(self.chunks()) > 1
 
     def chunks(self) -> list[slice]:
         """At least one, which may be empty."""
@@ -342,6 +350,8 @@ def sweeps_for(device_type: str) -> ModuleType:
         return torch_sweeps
     try:
         import torchtitan_liger.head_loss.triton_sweeps as triton_sweeps
-    except ImportError:  # a torch without triton
+    except ImportError as error:
+        if error.name != "triton":  # a torch without it
+            raise
         return torch_sweeps
     return triton_sweeps

@@ -50,7 +50,7 @@ class Sequences(NamedTuple):
                     f"num_labeled has {len(counts)} rows, but there are {self.num} sequences"
                 )
             # Of others the loss is NaN; here is nothing to be learned from them.
-            if sum(counts) == len(kept_N) and min(counts) >= 0:
+            if sum(counts) == len(kept_N) and min(counts, default=0) >= 0:
                 starts = tuple(accumulate(counts, initial=0))
         return Sequences(self.ids_C[kept_N], self.num, self.valid_C[kept_N], starts)
 
@@ -136,9 +136,9 @@ def sequences_of(
         )
         starts = tuple(range(0, labels.numel() + 1, max(1, length)))
         return Sequences(ids_T, count, valid_T, starts)
-    (ids_T,) = per_token({"sequence_ids": sequence_ids}, labels).values()
+    ids_T = per_token("sequence_ids", sequence_ids, labels)
     check_integers("sequence_ids", ids_T)
-    if isinstance(num_sequences, float) or num_sequences < 1:
+    if isinstance(num_sequences, float | bool | str) or num_sequences < 1:
         raise ValueError(
             f"num_sequences must be a whole number, at least 1, got {num_sequences}"
         )

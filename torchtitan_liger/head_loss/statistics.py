@@ -43,8 +43,8 @@ AT_ONCE = frozenset({"logp", "lse", "uniform_ce"})
 
 
 Sums = dict[str, torch.Tensor]
-"""What a pass over columns leaves, each [C], by its name in `SUMS` or
-`MIXTURE_SUMS`.
+"""What a pass over columns leaves, each [C] (`candidate_logits` [K, C]), by its name in
+`SUMS` or `MIXTURE_SUMS`.
 
 With e_j = exp(z_j - max) and, for a teacher, f_j = exp(v_j - teacher_max). Sum and maximum
 are kept apart: e_j / sumexp is exact to the last bits where exp(z_j - logsumexp) is not.

@@ -1,7 +1,8 @@
 """The passes over a chunk's logits in plain torch, on any device.
 
 `statistics_sweep` reads the logits and leaves a few sums per row; `gradient_sweep` turns
-them, in place, into the gradient of the loss by the logits. Both see only this rank's
+them, in place, into the gradient of the loss by the logits; `both_sweeps` does both where
+nothing comes between, and a JSD has `mixture_sweep` there. All see only this rank's
 columns, and go through blocks of rows that fit into a processor's cache, so that a chain
 of elementwise operations costs one trip to memory.
 

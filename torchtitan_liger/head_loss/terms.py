@@ -239,8 +239,8 @@ class SelfWeighted(Term):
 class Unlikelihood(Term):
     """`-sum_k log(1 - p_k)` over token ids that should not come (arXiv:1908.04319).
 
-    Rows: `candidates`, [C, K] int64 or int32 token ids; -1 for none, and twice counts
-    twice. `1 - p_k` is held above `floor`, where the gradient ends.
+    Rows: `candidates`, [C, K] int64 or int32 token ids; a negative one for none, and twice
+    counts twice. `1 - p_k` is held above `floor`, where the gradient ends.
     """
 
     weight: float = 1.0

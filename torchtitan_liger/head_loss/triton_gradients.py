@@ -190,7 +190,7 @@ def both_kernel(
     )
     part_max = tl.max(maximum, axis=0)
     base = finite(origin_of(part_max))
-    total_sumexp = _moved(sumexp, origin, base)
+    total_sumexp = _sum_above(sumexp, origin, base)
     here = (column >= begin) & (column < end)
     label_raw, label_logit = load_logit(
         logits, tl.where(here, column, -1), dtype, SOFTCAP, TEMPERATURE
@@ -219,7 +219,7 @@ def both_kernel(
         sumexps = tl.where(parts < num_parts, sumexps, 0.0)
         total_max = tl.max(maxima, axis=0)
         base = finite(origin_of(total_max))
-        total_sumexp = _moved(sumexps, origin_of(maxima), base)
+        total_sumexp = _sum_above(sumexps, origin_of(maxima), base)
     if part == 0:
         _, to_max = bits_to(base, finite(total_max))
         tl.store(sums + AT_max * num_rows, total_max)
@@ -275,7 +275,7 @@ def _threads_sums(
 
 
 @triton.jit
-def _moved(sumexps, origins, base):
+def _sum_above(sumexps, origins, base):
     """The sum of exponentials above one origin; of -inf, which nothing has, no share."""
     return tl.sum(rescaled(sumexps, tl.exp2(origins - base)), axis=0)
 

@@ -243,6 +243,7 @@ def test_inputs_that_do_not_fit_are_named(change, message):
         ("impl", "liger"),
         ("reduction", "avg"),
         ("temperature", 0.0),
+        ("temperature", True),
         ("ignore_index", -100.0),
         ("ignore_index", 2**63),
     ],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
 from tests.helpers import Problem
 from torchtitan_liger.head_loss import (
+    CrossEntropy,
     HeadLoss,
     HeadLossOptions,
     Preference,
@@ -241,6 +243,8 @@ def test_wrong_numbers_of_labels_make_the_loss_nan(wrong, products):
         ([18, 15, 23, 3], "has 4 rows, but there are 12 sequences"),
         ([9] * 7, "has 7 rows, which 108 tokens are not"),
         (torch.ones(12), "a list with one for each row of labels, got one of torch"),
+        (np.ones(12), "a list with one for each row of labels, got .*ndarray"),
+        (True, r"a whole number in \[0, 108\], got True"),
         ("9", "a list with one for each row of labels, got .*str"),
     ],
 )
@@ -249,6 +253,33 @@ def test_what_are_no_numbers_of_labels_is_an_error(counts, message):
     args = problem.hidden.view(B, L, -1), problem.weight, problem.labels.view(B, L)
     with pytest.raises(ValueError, match=message):
         HeadLoss([Preference("simpo")])(*args, num_labeled=counts)
+
+
+def test_a_batch_of_no_rows_has_no_numbers_of_labels():
+    hidden, labels = torch.ones(0, 4, 3), torch.ones(0, 4, dtype=torch.long)
+    head = HeadLoss([Preference("simpo")])
+    assert head(hidden, torch.ones(7, 3), labels, num_labeled=[]).loss == 0
+
+
+def test_a_term_over_sequences_that_is_only_reported_costs_no_products(products):
+    problem = labeled(LABELS_OF_EACH["some"])
+    ids, advantages = torch.arange(B * L) % B, torch.ones(B * L)
+
+    def loss_of(terms):
+        rows = {"advantages": advantages, "old_logp": -5 * advantages}
+        call = {"sequence_ids": ids, "num_sequences": B, **rows} if terms else {}
+        head = HeadLoss([CrossEntropy(), *terms])
+        return problem.run(lambda *args: head(*args, **call).loss)
+
+    alone = loss_of([])
+    once = sum(products)
+    products.clear()
+    reported = loss_of([SequencePolicyGradient(weight=0.0)])
+    assert sum(products) == once
+    assert max(reported.errors(alone).values()) < 1e-12
+    products.clear()
+    loss_of([SequencePolicyGradient()])  # its sequences are everywhere
+    assert sum(products) == 2 * once
 
 
 def test_numbers_of_labels_below_zero_make_the_loss_nan(products):

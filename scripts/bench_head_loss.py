@@ -3,6 +3,7 @@
 
     python scripts/bench_head_loss.py --output benchmarks/head_loss.md
     python scripts/bench_head_loss.py --mixtures --output benchmarks/mixtures.md
+    python scripts/bench_head_loss.py --preferences 2048 --ignored 0 0.5
     python scripts/bench_head_loss.py --ignored 0 0.5 0.9 --impl floor stock chunked
     python scripts/bench_head_loss.py --grow tokens --output benchmarks/growth.md
     torchrun --nproc_per_node 2 scripts/bench_head_loss.py --tp --output benchmarks/tp.md
@@ -32,6 +33,7 @@ from head_loss_cases import (
     Case,
     Unavailable,
     mixture_cases,
+    preference_cases,
     unfused,
 )
 from head_loss_measure import (
@@ -70,7 +72,13 @@ def main() -> int:
     if args.tp:
         return head_loss_tp.run(args)
     first = Problem(
-        args.tokens, args.dim, args.vocab, args.dtype, args.device, seed=args.seed
+        args.tokens,
+        args.dim,
+        args.vocab,
+        args.dtype,
+        args.device,
+        seed=args.seed,
+        sequence=args.preferences,
     )
     sizes = [{args.grow: size} for size in args.sizes] if args.grow else [{}]
     rows: list[Row] = []
@@ -91,6 +99,13 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--impl", choices=FAMILIES, nargs="+", help="default: all")
     add("--mixtures", action="store_true", help="mixtures of losses instead")
+    add(
+        "--preferences",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="losses over pairs of sequences of so many tokens instead",
+    )
     add("--rows", default="", help="only those whose name has this regular expression")
     add("--tp", action="store_true", help="mixtures, the vocabulary over the processes")
     add("--uneven", action="store_true", help="with --tp: rank r has r + 1 parts of it")
@@ -112,9 +127,11 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--output", type=result_file, help="Markdown file; CSV and picture beside it")
     args = parser.parse_args()
-    if sum(map(bool, (args.mixtures, args.impl, args.tp))) > 1:
+    own_rows = args.mixtures, args.preferences, args.tp
+    if sum(map(bool, (*own_rows, args.impl))) > 1:
         parser.error(
-            "--mixtures and --tp have their own rows: give one, without --impl"
+            "--mixtures, --preferences and --tp have their own rows: give one, without "
+            "--impl"
         )
     if args.rows and args.tp:
         parser.error("--tp has all its rows: leave out --rows")
@@ -130,10 +147,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--append needs the --output to which it adds rows")
     if args.append and args.output.exists() != args.output.with_suffix(".csv").exists():
         parser.error(f"--append: of {args.output} and its CSV only one is there")
-    if (args.mixtures or args.tp) and args.budgets:
-        parser.error("--budgets are for rows of chunked: leave out --mixtures and --tp")
-    if args.grow and getattr(args, args.grow) is not None:
-        parser.error(f"--grow {args.grow} changes --{args.grow}: give --sizes instead")
+    if any(own_rows) and args.budgets:
+        parser.error("--budgets are for rows of chunked: give them without other rows")
     if args.sizes and not args.grow:
         parser.error("--sizes needs --grow tokens or --grow vocab")
     if not all(0 <= share < 1 for share in args.ignored):
@@ -161,6 +176,14 @@ def parse_args() -> argparse.Namespace:
         numbers = value if isinstance(value, list) else [value]
         if value is not None and min(numbers) < low:
             parser.error(f"--{name} must be at least {low}, got {value}")
+    sizes = args.sizes if args.grow == "tokens" else [args.tokens]
+    if args.preferences < 0 or (
+        args.preferences and any(size % (2 * args.preferences) for size in sizes)
+    ):
+        parser.error(
+            f"--preferences {args.preferences}: {sizes} tokens are no pairs of such "
+            "sequences"
+        )
     skipped = NOT_GROWN if args.grow else ()
     args.impl = args.impl or [name for name in FAMILIES if name not in skipped]
     return args
@@ -169,6 +192,8 @@ def parse_args() -> argparse.Namespace:
 def cases_of(args: argparse.Namespace) -> list[Case]:
     if args.mixtures:
         cases = list(mixture_cases())
+    elif args.preferences:
+        cases = list(preference_cases())
     else:
         names = [name for name in FAMILIES if name in args.impl]
         cases = [case for name in names for case in FAMILIES[name](args)]

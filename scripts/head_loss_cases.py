@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from head_loss_mixtures import (
     CROSS_ENTROPY,
+    DPO,
     IGNORE_INDEX,
     MIXTURES,
     MORE_MIXTURES,
@@ -26,7 +27,13 @@ from head_loss_mixtures import (
 )
 
 from torchtitan_liger import device
-from torchtitan_liger.head_loss import Distillation, HeadLoss, HeadLossOptions, Term
+from torchtitan_liger.head_loss import (
+    Distillation,
+    HeadLoss,
+    HeadLossOptions,
+    SequenceTerm,
+    Term,
+)
 from torchtitan_liger.liger_api import LigerHeadLoss, liger_status
 
 
@@ -148,11 +155,19 @@ def engine_loss(
 ) -> torch.Tensor:
     """As the trainer calls it: the labels are looked at, and counted, on the host."""
     read = frozenset().union(*(term.inputs for term in head_loss.terms))
+    hidden, weight, labels = inputs[:3]
     hints |= {name: inputs.rows[name] for name in read}
-    num_labeled = inputs.num_labeled
+    num_labeled: int | list[int] | None = inputs.num_labeled
+    if any(isinstance(term, SequenceTerm) for term in head_loss.terms):
+        shape = -1, inputs.sequence
+        hidden, labels = hidden.unflatten(0, shape), labels.view(shape)
+        hints |= {name: inputs.rows[name].view(shape) for name in read}
+        num_labeled = inputs.labeled_of_each
     return head_loss(
-        *inputs[:3],
-        normalizer=num_labeled,
+        hidden,
+        weight,
+        labels,
+        normalizer=inputs.num_labeled,
         check_labels=False,
         num_labeled=num_labeled,
         **hints,
@@ -241,7 +256,10 @@ def unfused(mixture: Mixture) -> Case:
         teacher, teacher_TV = inputs.teacher, None
         if mixture.has_teacher:
             teacher_TV = F.linear(teacher.hidden, teacher.weight).float()
-        loss = plain_loss(mixture, logits_TV, inputs.labels_T, inputs.rows, teacher_TV)
+        labels_T, rows = inputs.labels_T, inputs.rows
+        loss = plain_loss(
+            mixture, logits_TV, labels_T, rows, teacher_TV, inputs.sequence
+        )
         return loss / inputs.num_labeled
 
     return autograd_case("full logits", loss_of, mixture)
@@ -287,3 +305,34 @@ def mixture_cases() -> Iterator[Case]:
             yield autograd_case(f"{name}: {len(terms)} calls", calls, mixture)
         yield replace(unfused(mixture), name=f"{mixture.name}: full logits")
     yield TEACHER_PRODUCT
+
+
+def liger_dpo_loss(inputs: Inputs) -> torch.Tensor:
+    """Liger-Kernel has the sequences to prefer in the first half: one copy, and back."""
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"not installed: {error}") from None
+
+    def by_halves(x_T: torch.Tensor) -> torch.Tensor:
+        pairs = x_T.unflatten(0, (-1, 2, inputs.sequence))
+        return pairs.transpose(0, 1).flatten(0, 1)
+
+    hidden_TD, weight_VD, labels_T = inputs[:3]
+    compiled = hidden_TD.is_cuda
+    (term,) = DPO.terms
+    loss_of = LigerFusedLinearDPOLoss(
+        IGNORE_INDEX, beta=term.beta, compiled=compiled, use_ref_model=False
+    )
+    loss, *_ = loss_of(weight_VD, by_halves(hidden_TD), by_halves(labels_T))
+    num_pairs = len(labels_T) // (2 * inputs.sequence)
+    return loss * num_pairs / inputs.num_labeled
+
+
+def preference_cases() -> Iterator[Case]:
+    """Preferences among sequences, beside the cross entropy of the same tokens."""
+    for mixture in (CROSS_ENTROPY, DPO):
+        one_call = partial(calls_loss, mixture, [mixture.terms])
+        yield autograd_case(f"{mixture.name}: one call", one_call, mixture)
+        yield replace(unfused(mixture), name=f"{mixture.name}: full logits")
+    yield autograd_case("DPO: Liger", liger_dpo_loss, DPO)

@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from torchtitan_liger.head_loss import (
     CrossEntropy,
     Distillation,
     EntropyBonus,
     PolicyGradient,
+    Preference,
     Teacher,
     Term,
     ZLoss,
@@ -37,6 +39,8 @@ class Inputs(NamedTuple):
     rows: dict[str, torch.Tensor]  # each [T], what the terms ask for by name
     num_labeled: int
     teacher: Teacher | None = None
+    sequence: int = 0  # tokens of each, for losses over sequences
+    labeled_of_each: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Problem:
     device: str
     ignored: float = 0.0  # share of the labels
     seed: int = 0
+    sequence: int = 0  # tokens of each, for losses over sequences
 
     def inputs(self, *, with_teacher: bool = False) -> Inputs:
         """Hidden states of variance 1, logits of variance about 1, uniform labels.
@@ -76,11 +81,18 @@ class Problem:
         rows = {
             "advantages": torch.randn(self.tokens, **kwargs),
             "old_logp": logp_T + 0.1 * noise_T,  # the policy has moved by a few steps
+            "ref_logp": torch.zeros_like(
+                noise_T
+            ),  # as Liger-Kernel without a reference
         }
         teacher = None
         if with_teacher:
             teacher_TD, teacher_VD = head()
             teacher = Teacher(hidden=teacher_TD, weight=teacher_VD)
+        labeled_of_each = None
+        if self.sequence:
+            labeled_T = ignored_T.logical_not()
+            labeled_of_each = labeled_T.view(-1, self.sequence).sum(dim=1).tolist()
         return Inputs(
             hidden_TD.requires_grad_(),
             weight_VD.requires_grad_(),
@@ -88,6 +100,8 @@ class Problem:
             rows,
             self.tokens - num_ignored,
             teacher,
+            self.sequence,
+            labeled_of_each,
         )
 
 
@@ -140,6 +154,7 @@ MIXTURES = (
     *distilled(CROSS_ENTROPY),
 )
 MORE_MIXTURES = distilled(POLICY)  # of which a sharded vocabulary tells nothing new
+DPO = Mixture("DPO", (Preference("dpo", beta=0.1),))
 
 
 class FullSoftmax(NamedTuple):
@@ -150,6 +165,8 @@ class FullSoftmax(NamedTuple):
     logp_C: torch.Tensor  # of the labels
     rows: Mapping[str, torch.Tensor]  # each [C]
     log_teacher_CV: torch.Tensor | None  # the teacher's log softmax
+    valid_C: torch.Tensor
+    sequence: int  # tokens of each
 
 
 def divergence(term: Distillation, full: FullSoftmax) -> torch.Tensor:
@@ -176,6 +193,17 @@ def clipped_policy_gradient(term: PolicyGradient, full: FullSoftmax) -> torch.Te
     return -torch.minimum(ratio_C * advantages_C, clipped_C * advantages_C)
 
 
+def dpo(term: Preference, full: FullSoftmax) -> torch.Tensor:
+    """Each pair's loss, shared out among its tokens with a label."""
+    assert (term.kind, term.layout) == ("dpo", "pairs"), f"no formula for {term}"
+    log_ratio_C = torch.where(full.valid_C, full.logp_C - full.rows["ref_logp"], 0.0)
+    pairs = -1, 2, full.sequence
+    chosen_P, rejected_P = log_ratio_C.view(pairs).sum(-1).unbind(1)
+    loss_P = -F.logsigmoid(term.beta * (chosen_P - rejected_P))
+    num_labeled_P = full.valid_C.view(pairs).sum((1, 2)).clamp(min=1)
+    return (loss_P / num_labeled_P).repeat_interleave(2 * full.sequence)
+
+
 # Each term as one writes it with all logits at hand: [C], before its weight.
 PLAIN: dict[type, Callable[[Any, FullSoftmax], torch.Tensor]] = {
     CrossEntropy: lambda term, full: -full.logp_C,
@@ -185,6 +213,7 @@ PLAIN: dict[type, Callable[[Any, FullSoftmax], torch.Tensor]] = {
     ).sum(-1),
     PolicyGradient: clipped_policy_gradient,
     Distillation: divergence,
+    Preference: dpo,
 }
 
 
@@ -194,6 +223,7 @@ def plain_loss(
     labels_C: torch.Tensor,
     rows: Mapping[str, torch.Tensor],
     teacher_CV: torch.Tensor | None,
+    sequence: int = 0,
 ) -> torch.Tensor:
     """The sum over tokens of a mixture, from logits, in their dtype, by autograd."""
     valid_C = labels_C != IGNORE_INDEX
@@ -201,7 +231,9 @@ def plain_loss(
     index_C1 = labels_C.clamp(min=0)[:, None]
     logp_C = log_softmax_CV.gather(1, index_C1).squeeze(1)
     log_teacher_CV = None if teacher_CV is None else teacher_CV.log_softmax(-1)
-    full = FullSoftmax(logits_CV, log_softmax_CV, logp_C, rows, log_teacher_CV)
+    full = FullSoftmax(
+        logits_CV, log_softmax_CV, logp_C, rows, log_teacher_CV, valid_C, sequence
+    )
     losses_C = sum(
         term.weight * PLAIN[type(term)](term, full) for term in mixture.terms
     )
@@ -216,6 +248,8 @@ def true_gradients(mixture: Mixture, inputs: Inputs) -> dict[str, torch.Tensor]:
     teacher_VD = None if teacher is None else teacher.weight.double()
     loss = hidden_TD.new_zeros(())
     piece = max(1, 2**29 // (8 * len(weight_VD)))
+    if inputs.sequence:  # whole pairs
+        piece = -(-piece // (2 * inputs.sequence)) * 2 * inputs.sequence
     for start in range(0, len(hidden_TD), piece):
         rows = slice(start, start + piece)
         logits_CV = hidden_TD[rows] @ weight_VD.T
@@ -224,7 +258,9 @@ def true_gradients(mixture: Mixture, inputs: Inputs) -> dict[str, torch.Tensor]:
         if teacher is not None:
             teacher_CV = teacher.hidden[rows].double() @ teacher_VD.T
         labels_C = inputs.labels_T[rows]
-        part = plain_loss(mixture, logits_CV, labels_C, columns, teacher_CV)
+        part = plain_loss(
+            mixture, logits_CV, labels_C, columns, teacher_CV, inputs.sequence
+        )
         part = part / inputs.num_labeled
         part.backward()
         loss += part.detach()

@@ -1,5 +1,8 @@
 """Loss and gradients from full logits: what the preflight compares the fused head with.
 
+For any term over tokens, sharded weights, and in float64; `head_loss/reference.py` is for a
+few terms, in the dtype of a job.
+
 `n` tokens at a time of `N` on all ranks, `D` width, `V` vocabulary, `b` columns of it at a
 time, `v` those whose gradient this rank holds.
 """

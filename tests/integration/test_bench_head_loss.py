@@ -109,6 +109,20 @@ def test_each_mixture_is_measured_in_one_call_in_several_and_from_full_logits(
     assert "The overhead of a distillation" in text
 
 
+def test_preferences_are_measured_beside_ligers(bench):
+    rows, _ = bench("--preferences", "8", "--tokens=96", "--ignored", "0", "0.5")
+    assert [row["implementation"] for row in rows[:5]] == [
+        "cross entropy: one call",
+        "cross entropy: full logits",
+        "DPO: one call",
+        "DPO: full logits",
+        "DPO: Liger",
+    ]
+    assert len(rows) == 10
+    for row in rows:
+        check_figures(row)
+
+
 def test_rows_can_be_chosen_by_their_names(bench, capsys):
     rows, _ = bench("--mixtures", "--rows", r"^cross entropy( \+ dist.*JSD.)?: one")
     (alone, distilled) = rows
@@ -129,8 +143,8 @@ def test_rows_can_be_chosen_by_their_names(bench, capsys):
         (["--tokens=0"], "--tokens must be at least 1, got 0"),
         (["--grow=tokens", "--sizes", "0", "5"], "--sizes must be at least 1"),
         (["--warmup=-2"], "--warmup must be at least 0, got -2"),
-        (["--grow=tokens", "--tokens=5"], "changes --tokens: give --sizes"),
         (["--mixtures", "--budgets", "64"], "--budgets are for rows of chunked"),
+        (["--preferences", "8"], "[65] tokens are no pairs of such sequences"),
         (["--device=cuda"], "--device cuda: torch sees no GPU; use --device cpu"),
     ],
 )

@@ -157,6 +157,13 @@ def test_what_cannot_be_measured_is_refused(
     assert message in capsys.readouterr().err
 
 
+def test_rows_are_not_added_to_a_table_without_its_figures(bench, capsys, tmp_path):
+    (tmp_path / "result.md").write_text("old")
+    with pytest.raises(SystemExit):
+        bench("--tp", "--append")
+    assert "result.md and its CSV only one is there" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_vocabulary_over_two_processes_is_measured_beside_one(
     bench, mixtures, tmp_path

@@ -342,6 +342,9 @@ def test_a_table_with_other_columns_is_left_alone(bench):
     Path("out/r.csv").write_text("config,impl\n")
     with pytest.raises(SystemExit, match="other columns.*another --output"):
         bench("--impl", "stock")
+    Path("out/r.csv").unlink()
+    with pytest.raises(SystemExit, match="without its CSV: .*another --output"):
+        bench("--impl", "stock")
     assert Path("out/r.md").read_text() == "old\n"
     assert not Path("calls").exists()
 

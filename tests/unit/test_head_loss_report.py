@@ -45,20 +45,21 @@ def test_a_new_step_starts_from_nothing():
     assert report.values(None) == {"a": 4.0}
 
 
-def test_one_collective_for_sums_and_one_for_each_kind_of_extreme(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        torch.distributed,
-        "all_reduce",
-        lambda packed, op, group: calls.append((len(packed), op, group)),
-    )
+def test_one_collective_for_sums_and_one_for_extremes(monkeypatch):
+    calls, ops = [], torch.distributed.ReduceOp
+
+    def all_reduce(packed, op, group):
+        calls.append((len(packed), op, group))
+        if op == ops.MAX:  # of another rank, with a lower minimum
+            packed.copy_(torch.maximum(packed, torch.tensor([1.0, -2.5])))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     report = HeadLossReport()
     add(report, a=1.0, b=2.0, c=3.0)
     group = object()
     report.values(group)
-    ops = torch.distributed.ReduceOp
     assert calls == [(3, ops.SUM, group)]
     report.clear()
-    add(report, a=1.0, b__max=2.0, c__max=3.0)
-    report.values(group)
+    add(report, a=1.0, b__max=2.0, c__min=3.0)
+    assert report.values(group) == {"a": 1.0, "b/max": 2.0, "c/min": 2.5}
     assert calls[1:] == [(1, ops.SUM, group), (2, ops.MAX, group)]

@@ -40,12 +40,12 @@ class Teacher:
             raise ValueError("a teacher has either logits, or hidden and weight")
         if not (is_finite_number(self.temperature) and self.temperature > 0):
             raise ValueError(
-                "the teacher's temperature must be a positive number, got "
+                "the teacher's temperature must be a positive int or float, got "
                 f"{self.temperature!r}"
             )
         if not (is_finite_number(self.logit_softcap) and self.logit_softcap >= 0):
             raise ValueError(
-                "the teacher's logit_softcap must be 0 (off) or a positive number, got "
+                "the teacher's logit_softcap must be 0 (off) or a positive int or float, got "
                 f"{self.logit_softcap!r}"
             )
 

@@ -131,7 +131,9 @@ _heads = SimpleNamespace()
 def _encode(x: Any) -> Any:
     if isinstance(x, float):
         return x.hex()
-    if isinstance(x, int):  # by halves, since Dynamo traces `hex` of floats only
+    if isinstance(x, int) and not isinstance(
+        x, bool
+    ):  # by halves, since Dynamo traces `hex` of floats only
         return f"{float(x // 2**32).hex()} {float(x % 2**32).hex()}"
     return x
 

@@ -50,7 +50,7 @@ class Sequences(NamedTuple):
                     f"num_labeled has {len(counts)} rows, but there are {self.num} sequences"
                 )
             # Of others the loss is NaN; here is nothing to be learned from them.
-            if sum(counts) == len(kept_N) and min(counts, default=0) >= 0:
+            if sum(counts) == len(kept_N) and min(counts) >= 0:
                 starts = tuple(accumulate(counts, initial=0))
         return Sequences(self.ids_C[kept_N], self.num, self.valid_C[kept_N], starts)
 

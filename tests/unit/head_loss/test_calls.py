@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import torchtitan_liger.head_loss.sweeps as torch_sweeps
 from tests.helpers import Problem, full_logits, plain_head, relative_error
 from torchtitan_liger.head_loss import (
     CrossEntropy,
@@ -17,7 +19,9 @@ from torchtitan_liger.head_loss import (
     Teacher,
     Unlikelihood,
     chunking,
+    functional,
     linear_cross_entropy,
+    passes,
 )
 
 
@@ -400,6 +404,42 @@ def test_autocast_leaves_float64_alone():
     with torch.autocast("cpu", torch.bfloat16):
         ours = problem.run(lambda *args: HeadLoss()(*args).loss)
     assert max(ours.errors(truth).values()) < 1e-12
+
+
+@pytest.mark.parametrize("normalizer", [None, "7", -1, float("nan")])
+def test_a_normalizer_is_a_number(normalizer):
+    problem = Problem(T=5)
+    with pytest.raises(ValueError, match=f"at least 0, got {normalizer!r}"):
+        HeadLoss()(
+            problem.hidden, problem.weight, problem.labels, normalizer=normalizer
+        )
+
+
+def test_tensors_are_looked_at_before_other_ranks_wait_for_them(monkeypatch):
+    monkeypatch.setattr(functional, "shard_of", lambda *_: pytest.fail("a collective"))
+    problem = Problem(T=5)
+    for labels in (problem.labels[:3], problem.labels.float(), [1, 2]):
+        with pytest.raises(ValueError, match="labels must"):
+            linear_cross_entropy(
+                problem.hidden, problem.weight, labels, tp_group=object()
+            )
+
+
+@pytest.mark.parametrize("missing", ["triton", "torch"])
+def test_without_triton_there_are_plain_sweeps(monkeypatch, missing):
+    def no_import(name, *args):
+        if name == "torchtitan_liger.head_loss.triton_sweeps":
+            raise ImportError(name=missing)
+        return real_import(name, *args)
+
+    real_import = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", no_import)
+    sweeps_for = passes.sweeps_for.__wrapped__
+    if missing == "triton":
+        assert sweeps_for("cuda") is torch_sweeps
+    else:  # a triton that is there and broken
+        with pytest.raises(ImportError):
+            sweeps_for("cuda")
 
 
 def test_no_more_labels_than_tokens():

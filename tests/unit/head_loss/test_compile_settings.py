@@ -102,13 +102,24 @@ def test_the_normalizer_may_change(normalizers):
         assert error < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("temperature", "message"),
+    [
+        (0.0, "must be positive, got 0.0"),
+        (True, "must be a finite int or float, got True"),
+    ],
+)
 @pytest.mark.parametrize("fullgraph", [False, True])
-def test_settings_out_of_range_are_told_as_without_a_graph(fullgraph):
+def test_settings_out_of_range_are_told_as_without_a_graph(
+    fullgraph, temperature, message
+):
     """But for the type, where torch refuses any exception."""
 
     def loss_of(b: Batch) -> torch.Tensor:
-        return linear_cross_entropy(b.hidden, b.weight, b.labels, temperature=0.0)
+        return linear_cross_entropy(
+            b.hidden, b.weight, b.labels, temperature=temperature
+        )
 
     error = torch._dynamo.exc.Unsupported if fullgraph else ValueError
-    with pytest.raises(error, match="temperature must be positive, got 0.0"):
+    with pytest.raises(error, match=f"temperature {message}"):
         compiled(loss_of, fullgraph=fullgraph)(batch())

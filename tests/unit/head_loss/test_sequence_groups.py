@@ -33,6 +33,10 @@ from torchtitan_liger.head_loss import (
             {"sequence_ids": torch.zeros(27).long(), "num_sequences": 2.0},
             "whole number",
         ),
+        (
+            {"sequence_ids": torch.zeros(27).long(), "num_sequences": "3"},
+            "whole number, at least 1, got 3",
+        ),
         ({"sequence_ids": None}, "belong together"),
     ],
 )
@@ -280,6 +284,19 @@ def test_a_term_over_sequences_that_is_only_reported_costs_no_products(products)
     products.clear()
     loss_of([SequencePolicyGradient()])  # its sequences are everywhere
     assert sum(products) == 2 * once
+
+
+def test_a_term_that_is_only_reported_cuts_no_chunks(products):
+    problem = labeled(LABELS_OF_EACH["some"])
+    args = problem.hidden.view(B, L, -1), problem.weight, problem.labels.view(B, L)
+    weight = problem.weight.clone().requires_grad_()
+    pairs = Preference("simpo")
+    reported = Preference("simpo", layout="halves", weight=0.0, name="halves")
+    for terms in ([pairs], [pairs, reported]):
+        HeadLoss(terms)(args[0], weight, args[2]).loss.backward()
+    alone, both = products[: len(products) // 2], products[len(products) // 2 :]
+    assert both == alone
+    assert sum(alone) == sum(LABELS_OF_EACH["some"])
 
 
 def test_numbers_of_labels_below_zero_make_the_loss_nan(products):

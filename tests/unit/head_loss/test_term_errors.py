@@ -112,15 +112,15 @@ def own(**attributes):
         (Teacher, "either logits, or hidden and weight"),
         (
             lambda: Teacher(logits=torch.ones(1), temperature=0.0),
-            "positive number, got 0.0",
+            "positive int or float, got 0.0",
         ),
         (
             lambda: Teacher(logits=torch.ones(1), temperature=torch.tensor(2.0)),
-            "positive number, got tensor",
+            "positive int or float, got tensor",
         ),
         (
             lambda: Teacher(logits=torch.ones(1), logit_softcap=True),
-            "positive number, got True",
+            "positive int or float, got True",
         ),
         (lambda: CrossEntropy(1.0), r"in \[0, 1\), got 1.0"),
         (lambda: Focal(-1.0), "at least 0 and finite, got -1.0"),

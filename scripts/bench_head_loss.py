@@ -43,7 +43,7 @@ from head_loss_measure import (
     release,
     time_once,
 )
-from head_loss_mixtures import Inputs, Problem, true_gradients
+from head_loss_mixtures import CROSS_ENTROPY, Inputs, Problem, true_gradients
 from head_loss_tables import COLUMNS, QUANTITIES, Row, markdown, write
 from provenance import result_file
 
@@ -170,11 +170,19 @@ def parse_args() -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.sizes = args.sizes or GROWTH.get(args.grow)
-    least = {"tokens": 1, "dim": 1, "vocab": 1, "repeats": 1, "sizes": 1, "warmup": 0}
+    least = {
+        "budgets": 1,
+        "tokens": 1,
+        "dim": 1,
+        "vocab": 1,
+        "repeats": 1,
+        "sizes": 1,
+        "warmup": 0,
+    }
     for name, low in least.items():
         value = getattr(args, name)
         numbers = value if isinstance(value, list) else [value]
-        if value is not None and min(numbers) < low:
+        if value is not None and min(numbers, default=low) < low:
             parser.error(f"--{name} must be at least {low}, got {value}")
     sizes = args.sizes if args.grow == "tokens" else [args.tokens]
     if args.preferences < 0 or (
@@ -260,12 +268,14 @@ def try_once(case: Case, inputs: Inputs, truth: dict[str, torch.Tensor] | None) 
 
 
 def add_overheads(table: list[tuple[Case, Row]]) -> None:
-    """What a teacher costs beyond its product, as a share of the first row's time."""
-    first_ms = table[0][1]["ms"]
+    """What a teacher costs beyond its product, as a share of cross entropy in one call."""
     product_ms = next((row["ms"] for case, row in table if case is TEACHER_PRODUCT), 0)
-    one_call_ms: dict[tuple[Term, ...], float | None] = {}
-    for case, row in table:
-        one_call_ms.setdefault(case.mixture.terms, row["ms"])  # a mixture's first row
+    one_call_ms: dict[tuple[Term, ...], float | None] = {
+        case.mixture.terms: row["ms"]
+        for case, row in table
+        if case.name.endswith(": one call")
+    }
+    first_ms = one_call_ms.get(CROSS_ENTROPY.terms)
     for case, row in table:
         others_ms = one_call_ms.get(case.mixture.undistilled)
         if case.mixture.has_teacher and all(

@@ -75,7 +75,8 @@ class TrialError(Exception):
 def main() -> int:
     args = parse_args()
     # The run in progress is ended with this process, and gives its GPUs back.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     table = Table(args.output)
     for config in args.configs:
         for impl, start in zip(args.impl, args.start, strict=True):
@@ -118,6 +119,21 @@ def parse_args() -> argparse.Namespace:
     for config in args.configs:
         if not config.is_file():
             parser.error(f"there is no config {config}")
+    names = [config.stem for config in args.configs]
+    if len(set(names)) < len(names):
+        parser.error(f"the table needs configs of different names, got {names}")
+    for section, key, way in (
+        ("training", "steps", "--steps"),
+        ("job", "config_file", "as the config"),
+    ):
+        if option_of(args.overrides, section, key) is not None:
+            parser.error(
+                f"--{section}.{key} is not for the arguments after --: give {way}"
+            )
+    for name in ("steps", "grid", "most", "limit", "gpus"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name} must be above 0, got {value}")
     searching = args.largest is not None
     if not searching and (args.start or args.grid or args.most):
         parser.error("--start, --grid and --most belong to --largest")
@@ -321,7 +337,8 @@ def verdict(code: int | None, log: str, limit: float) -> str:
     """How a run ended, in a few words."""
     if code == 0:
         return OK
-    if NO_MEMORY.search(log):
+    said = log.partition("\n")[2] if log.startswith("$ ") else log  # not the command
+    if NO_MEMORY.search(said):
         return OUT_OF_MEMORY
     if code is None:
         return f"no end within {limit:.0f} s"

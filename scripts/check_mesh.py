@@ -49,7 +49,7 @@ def main() -> int:
         if args.logs:
             args.logs.mkdir(parents=True, exist_ok=True)
             (args.logs / f"mesh_{ranks}.log").write_text(log)
-        failed |= code != 0
+        failed |= code != 0 or not rows
         for row in rows:
             cells, within = cells_of(row)
             failed |= not within
@@ -59,6 +59,9 @@ def main() -> int:
             lines.append(
                 f"| the run on {ranks} ranks ended with code {code} | | | | | |"
             )
+            print(f"{lines[-1]}\n{log[-4000:]}", flush=True)
+        elif not rows:
+            print(f"there is no layout of {ranks} ranks", flush=True)
     columns = ("layout", "ranks", *QUANTITIES, "within the bound")
     table = "\n".join(
         ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *lines]

@@ -12,14 +12,14 @@ report.md, report.json and curves.png; report.md has the rule behind the answer.
 from __future__ import annotations
 
 import argparse
-import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from curve_runs import Progress, Trainer
+from curve_runs import Progress, Trainer, forget_report
 
 from torchtitan_liger.cli import FLAG_OFF, FLAG_ON, arguments_of, read_toml
 from torchtitan_liger.loss_curves import (
@@ -35,7 +35,6 @@ from torchtitan_liger.loss_curves_judge import (
     Bounds,
     judge,
     missing_proof,
-    notes,
     unlike_start,
 )
 from torchtitan_liger.loss_curves_report import (
@@ -47,6 +46,7 @@ from torchtitan_liger.loss_curves_report import (
     table_text,
     to_json,
 )
+from torchtitan_liger.loss_curves_words import notes
 
 RUN_HELP = """\
 Trains CONFIG through run_train.sh (NGPU and its other variables count here too):
@@ -77,18 +77,23 @@ the noise floor. Without further ones, the relative bounds judge alone.
 def main() -> int:
     args = parse_args(sys.argv[1:])
     # The run in progress is ended with this process, and gives its GPUs back.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
+        args.output.mkdir(parents=True, exist_ok=True)  # before hours of training
         bounds = Bounds(args.loss_bound, args.grad_norm_bound, args.noise_factor)
         report = (
             train_all(args, bounds) if args.command == "run" else read_all(args, bounds)
         )
-    except (OSError, ValueError) as error:
+        write(report, args)
+    except (OSError, ValueError, ImportError) as error:
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    write(report, args)
+    except Exception:  # whose exit code would say "different"
+        traceback.print_exc()
+        return 2
     verdict = report.verdict
     print(f"\n{report.title}\n\n{table_text(report.runs)}\n\nVerdict: {verdict}")
     print(*(f"  {reason}" for reason in verdict.reasons), sep="\n")
@@ -277,16 +282,18 @@ def write(report: Report, args: argparse.Namespace) -> None:
     """The files of a comparison."""
     folder: Path = args.output
     folder.mkdir(parents=True, exist_ok=True)
+    forget_report(folder)
     (folder / "report.md").write_text(markdown(report))
     (folder / "report.json").write_text(to_json(report))
     picture = folder / PICTURE
     pictures = [picture, picture.with_suffix(".svg")] if args.svg else [picture]
     draw(report, *pictures)
     if args.tensorboard:
-        target = folder / "tensorboard"
-        shutil.rmtree(target, ignore_errors=True)
         for name, curves in overlays(report).items():
-            write_tensorboard(target / name, curves)
+            target = folder / "tensorboard" / name
+            for file in target.glob("events.out.tfevents.*"):  # of an earlier report
+                file.unlink()
+            write_tensorboard(target, curves)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from environment import ROOT
 from tqdm import tqdm
 
 from torchtitan_liger.loss_curves import LOG_NAME, Run, read_run
+from torchtitan_liger.loss_curves_report import PICTURE
 
 TAIL = 40  # lines of a crashed run's log that go into the report
 
@@ -37,8 +39,12 @@ class Trainer:
 
     def forget(self, name: str) -> None:
         """Remove what an earlier comparison left of a run."""
-        if (self.args.output / name / LOG_NAME).is_file():
-            shutil.rmtree(self.args.output / name)
+        log = self.args.output / name / LOG_NAME
+        if log.is_file():
+            with open(log, errors="replace") as lines:
+                command = lines.readline()
+            if command.startswith("$ ") and "run_train.sh" in command:  # ours
+                shutil.rmtree(log.parent)
 
     def train(
         self, name: str, changes: Sequence[str], env: Mapping[str, str] | None = None
@@ -48,8 +54,8 @@ class Trainer:
         self.forget(name)
         if folder.exists() and any(folder.iterdir()):
             raise FileExistsError(
-                f"{folder} is no run of an earlier comparison (it has no {LOG_NAME}): "
-                "choose another --output"
+                f"{folder} is no run of an earlier comparison (it has no {LOG_NAME} of "
+                "one): choose another --output"
             )
         folder.mkdir(parents=True, exist_ok=True)
         steps = [] if args.steps is None else [f"--training.steps={args.steps}"]
@@ -87,7 +93,8 @@ class Trainer:
                     log.write(line)
                     log.flush()
                     tail.append(line)
-                    self.progress.read(line)
+                    if self.progress.read(line):
+                        forget_report(args.output)
             except BaseException:
                 process.terminate()  # torchrun ends its workers
                 raise
@@ -100,6 +107,12 @@ class Trainer:
             self.details[name]["end of the log"] = "".join(tail).rstrip()
         self.progress.end(name, f"crashed: {run.crash}" if run.crash else "finished")
         return run
+
+
+def forget_report(folder: Path) -> None:
+    """Remove an earlier comparison's report: it is of other runs."""
+    for name in ("report.md", "report.json", PICTURE, PICTURE.replace("png", "svg")):
+        (folder / name).unlink(missing_ok=True)
 
 
 class Progress:
@@ -125,13 +138,16 @@ class Progress:
         self.bar.write(f"{name}: started", file=sys.stderr)
         self.bar.set_description(name)
 
-    def read(self, line: str) -> None:
-        """Look for the step, and for the number of steps, in a line of a log."""
+    def read(self, line: str) -> bool:
+        """Look for the number of steps, and for a step, in a line of a log; whether there is
+        a step."""
         if match := re.search(r"total steps (\d+)", line):
             self.last_step = int(match[1])
             self._show()
         elif match := re.search(r"(?<!validate )step:\s*(\d+)\s+loss:", line):
             self._show(int(match[1]))
+            return True
+        return False
 
     def end(self, name: str, how: str) -> None:
         self.num_done += 1

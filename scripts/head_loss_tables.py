@@ -35,7 +35,7 @@ is one number, whose error can be small by chance.
 OF_TEACHERS = """
 The overhead of a distillation is its time without that of one call with the other losses
 and without that of the teacher's product alone, as a share of cross entropy alone (the
-first row).
+row of one call); only where all these rows are there.
 """
 MEMORY = {
     "cuda": "torch.cuda.max_memory_allocated",

@@ -92,6 +92,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output: {error}")
+    try:
         tokenizer = train(args.vocab_size)
     except ValueError as error:
         parser.error(str(error))

@@ -153,7 +153,10 @@ def parse_log(text: str, name: str = "") -> Run:
     restarted run had printed from the step on at which it was taken up does not count.
     """
     parser = _LogParser()
-    for line in text.splitlines():
+    whole, _, cut = text.rpartition("\n")
+    # Of a line without an end the last number may lack digits.
+    lines = [*whole.splitlines(), *([] if _STEP.search(cut) else [cut])]
+    for line in lines:
         parser.feed(_ANSI.sub("", line))
     return parser.run(name)
 
@@ -289,7 +292,9 @@ class _LogParser:
                 continue
             tag = tags[key]
             self.curves.setdefault(tag, {})[step] = float(text.replace(",", ""))
-            self.resolution[tag] = max(_last_digit(text), self.resolution.get(tag, 0.0))
+            # Of a line that was cut off, it may be any digit.
+            if digit := _last_digit(text):
+                self.resolution[tag] = min(digit, self.resolution.get(tag, digit))
 
     def run(self, name: str) -> Run:
         curves = {tag: curve for tag, curve in self.curves.items() if curve}

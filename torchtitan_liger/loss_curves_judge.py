@@ -74,6 +74,8 @@ class Judged:
     """Whether there is so little noise that to agree means something."""
     first_excess: int | None
     """The first step with a larger difference."""
+    lasting: str = ""
+    """How large the differences are on average, where that alone is too much."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,45 @@ def judge_curve(aligned: Aligned, runs: Runs, bounds: Bounds, end: float) -> Jud
             excess = size > allowed[-1]
         if excess and first_excess is None:
             first_excess = step
-    return Judged(aligned, tuple(allowed), tuple(telling), first_excess)
+    lasting = ""
+    if first_excess is None:
+        first_excess, lasting = _lasting(aligned, allowed, runs, bounds, rounding)
+    return Judged(aligned, tuple(allowed), tuple(telling), first_excess, lasting)
+
+
+def _lasting(
+    aligned: Aligned,
+    allowed: Sequence[float],
+    runs: Runs,
+    bounds: Bounds,
+    rounding: float,
+) -> tuple[int | None, str]:
+    """From which step on off and on are too far apart on average; and how far, in words.
+
+    The noise floor never falls: after one spike of the noise, it would allow a small
+    difference for ever.
+    """
+    judged = [i for i, limit in enumerate(allowed) if not math.isnan(limit)]
+    sizes = {aligned.steps[i]: abs(aligned.differences[i]) for i in judged}
+    total_noise = 0.0
+    for pair in runs.pairs:
+        noise = spread(aligned.tag, *pair)
+        if not sizes.keys() <= noise.keys():
+            return None, ""  # the floor's end is not known
+        total_noise = max(total_noise, sum(noise[step] for step in sizes))
+    num = max(1, len(sizes))
+    mean_off = sum(abs(aligned.off[i]) for i in judged) / num
+    limit = max(
+        bounds.bound(aligned.tag) * mean_off, bounds.noise_factor * total_noise / num
+    )
+    mean, limit = sum(sizes.values()) / num, limit + rounding
+    if not limit < mean < math.inf:
+        return None, ""
+    text = (
+        f"{NAMES[aligned.tag]} on average {mean:.2g} apart ({_percent(mean, mean_off)})"
+    )
+    text += f", {limit:.2g} allowed ({_percent(limit, mean_off)})"
+    return next(step for step, size in sizes.items() if size > limit), text
 
 
 def judge(
@@ -182,8 +222,14 @@ def judge(
 def missing_proof(runs: Runs) -> list[str]:
     """What is missing to know that "off" was off and "on" was on."""
     problems = not_off(runs)
-    if not problems and (runs.off.log is None or runs.off.log.fused_calls is None):
-        problems.append(_unproven(runs.off))
+    if not problems:
+        # A repetition without a log has no curves of a fused loss; `not_off` has looked.
+        offs = [runs.off, *(again for again in runs.off_again if again.log)]
+        problems += [
+            _unproven(run)
+            for run in offs
+            if run.log is None or run.log.fused_calls is None
+        ]
     for run in (runs.on, *runs.on_again):
         log = run.log or LogFacts()
         if log.fused_calls is None:
@@ -283,6 +329,8 @@ def _too_little(curve: Judged) -> list[str]:
 
 def _describe_excess(curve: Judged, step: int) -> str:
     aligned = curve.aligned
+    if curve.lasting:
+        return curve.lasting
     i = aligned.steps.index(step)
     name, off, on = NAMES[aligned.tag], aligned.off[i], aligned.on[i]
     text = f"{name} {off:.7g} off, {on:.7g} on"
@@ -321,63 +369,3 @@ def _describe_agreement(curve: Judged, noise_known: bool) -> str:
 
 def _percent(size: float, of: float) -> str:
     return f"{100 * size / abs(of):.2g} %" if of else "of 0"
-
-
-def notes(runs: Runs) -> list[str]:
-    """What a reader has to know about the runs, beyond the verdict."""
-    found = []
-    if not runs.pairs:
-        found.append(
-            "There is no noise floor: no run repeats another with its sums in another "
-            "order. The relative bounds judge alone; a harmless difference may exceed them."
-        )
-    elif not any(align(LOSS, runs).noise):
-        found.append(
-            "The noise floor of the loss is 0: the repeated run is the same to the last "
-            "digit. The relative bounds judge alone."
-        )
-    for run in runs.all:
-        found += [
-            f"{run.name} was restarted at step {step}; what it had logged from there on "
-            "does not count."
-            for step in run.restarts
-        ]
-        for tag, name in NAMES.items():
-            if digit := run.resolution.get(tag):
-                found.append(
-                    f"{run.name}: its {name} comes from a log, in steps of {digit:.0e}; "
-                    "that much more is allowed."
-                )
-            curve = run.curves.get(tag, {})
-            if bad := [s for s in sorted(curve) if not math.isfinite(curve[s])]:
-                found.append(f"{run.name}: its {name} is not finite at {_listed(bad)}.")
-        found += _step_notes(runs.off, run)
-    for tag, name in {"lr": "learning rate", "n_tokens_seen": "token count"}.items():
-        sizes = spread(tag, runs.off, runs.on)
-        if unequal := [step for step, size in sizes.items() if size]:
-            found.append(f"The {name} of off and on differs at {_listed(unequal)}.")
-    return found
-
-
-def _step_notes(off: Run, run: Run) -> list[str]:
-    ours, its = off.curves.get(LOSS), run.curves.get(LOSS)
-    if not ours or not its:
-        return []
-    found = []
-    for word, end in (("begins", min), ("ends", max)):
-        if end(ours) != end(its):
-            found.append(
-                f"{off.name} {word} at step {end(ours)}, {run.name} at step {end(its)}; "
-                "only common steps are compared."
-            )
-    low, high = max(min(ours), min(its)), min(max(ours), max(its))
-    for name, more, fewer in ((run.name, ours, its), (off.name, its, ours)):
-        if gaps := [s for s in sorted(more.keys() - fewer.keys()) if low <= s <= high]:
-            found.append(f"{name} lacks {_listed(gaps)}.")
-    return found
-
-
-def _listed(steps: Sequence[int]) -> str:
-    more = f" and {len(steps) - 5} more" if len(steps) > 5 else ""
-    plural = "s" if len(steps) > 1 else ""
-    return f"step{plural} {', '.join(map(str, steps[:5]))}{more}"

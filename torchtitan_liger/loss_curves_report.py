@@ -12,7 +12,6 @@ from typing import Any
 
 from torchtitan_liger.loss_curves import (
     GRAD_NORM,
-    LOOKAHEAD,
     LOSS,
     PEAK_MEMORY_GIB,
     TERM_PREFIX,
@@ -23,15 +22,8 @@ from torchtitan_liger.loss_curves import (
     Runs,
     align,
 )
-from torchtitan_liger.loss_curves_judge import (
-    ENOUGH_STEPS,
-    MAX_NOISE,
-    MIN_STEPS,
-    NAMES,
-    Bounds,
-    Verdict,
-    notes,
-)
+from torchtitan_liger.loss_curves_judge import NAMES, Bounds, Verdict
+from torchtitan_liger.loss_curves_words import notes, rule_text
 
 PICTURE = "curves.png"
 
@@ -199,30 +191,6 @@ def roles(runs: Runs) -> list[tuple[Run, str]]:
     again = [(run, "off again") for run in runs.off_again]
     on_again = [(run, "on again") for run in runs.on_again]
     return [(runs.off, "off"), *again, (runs.on, "on"), *on_again]
-
-
-def rule_text(bounds: Bounds, runs: Runs) -> str:
-    """The rule that the verdict follows, in words."""
-    noise = ", ".join(f"{one.name} and {other.name}" for one, other in runs.pairs)
-    return (
-        "Loss and gradient norm are compared at every step that off and on have in "
-        "common. They may differ by the larger of\n\n"
-        f"- {bounds.loss_bound:g} of the loss, {bounds.grad_norm_bound:g} of the gradient "
-        "norm,\n"
-        f"- {bounds.noise_factor:g} times the noise floor: the largest difference so far, "
-        f"and up to {LOOKAHEAD} steps on, between runs that differ in the order of their "
-        f"sums alone ({noise or 'there are none here'}),\n\n"
-        "and by the last printed digit where a curve comes from a log. A step where the "
-        f"noise alone would allow more than {MAX_NOISE[LOSS]:.0%} of the loss tells "
-        f"little about it; one where it would allow more than {MAX_NOISE[GRAD_NORM]:.0%} "
-        "of the gradient norm does not judge that.\n\n"
-        "- `different`: at a step they differ by more, or on alone is NaN or infinite. The "
-        "first such step is named.\n"
-        f"- `same`: there is no such step; for the loss, {ENOUGH_STEPS} steps or half of "
-        f"them told something, and for the gradient norm {MIN_STEPS}; off is proven off, "
-        "and on proven on.\n"
-        "- `cannot tell`: anything else, such as a crash of any run."
-    )
 
 
 def to_json(report: Report) -> str:

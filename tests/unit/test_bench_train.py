@@ -153,6 +153,8 @@ def test_a_most_below_the_grid_leaves_nothing_to_try(script):
 )
 def test_lack_of_memory_is_recognised(script, line):
     assert script.verdict(1, f"something\n{line}\n", 9) == script.OUT_OF_MEMORY
+    command = f"$ run --data '{line}'\nlost\n"
+    assert script.verdict(1, command, 9) != script.OUT_OF_MEMORY
     # One rank may say so while the others wait for it.
     assert script.verdict(None, line, 9) == script.OUT_OF_MEMORY
 
@@ -359,6 +361,8 @@ def test_a_table_with_other_columns_is_left_alone(bench):
             ["--steps", "4", "--warmup", "1", "--", "--metrics.log_freq=5"],
             "no step between --warmup 1 and --steps 4 is logged: metrics.log_freq is 5",
         ),
+        (["--grid", "-5", "--largest", "seq"], "--grid must be above 0, got -5"),
+        (["--", "--training.steps", "4"], "--training.steps is not for the arguments"),
         (["--", "--metrics.log_freq=0"], "a whole number above 0, got 0"),
         (["--", "--metrics.log_freq", "x"], "a whole number above 0, got x"),
     ],
@@ -367,6 +371,14 @@ def test_options_that_make_no_sense_are_refused(bench, capfd, options, message):
     with pytest.raises(SystemExit):
         bench(*options)
     assert message in capfd.readouterr().err
+
+
+def test_two_configs_of_one_name_would_be_one_in_the_table(script, monkeypatch, capsys):
+    configs = [str(ROOT / "train_configs" / "debug_model.toml")] * 2
+    monkeypatch.setattr(sys, "argv", ["bench_train.py", *configs])
+    with pytest.raises(SystemExit):
+        script.parse_args()
+    assert "configs of different names" in capsys.readouterr().err
 
 
 def test_the_run_in_progress_ends_with_the_command(bench, tmp_path):

@@ -16,6 +16,7 @@ PACKAGE = Path(torchtitan_liger.__file__).parent
 LAYERS = (
     {"job_config", "loss_curves", "device", "cli"},
     {"loss_curves_judge", "config_checks"},
+    {"loss_curves_words"},
     {"loss_curves_report"},
     {"head_loss.options", "head_loss.chunking", "head_loss.products"},
     {"head_loss.statistics", "head_loss.reference", "head_loss.triton_blocks"},

@@ -141,6 +141,18 @@ def test_a_log_knows_how_finely_it_is_printed():
     assert run.resolution[TOKENS_PER_SECOND] == 1
 
 
+def test_a_line_that_was_cut_off_makes_no_curve_coarse():
+    whole = titan_log([5.1, 5.2, 5.3])
+    cut = whole[: whole.rindex("step:  3")]
+    assert parse_log(cut + "step:  3  loss:  5").curves[LOSS] == {1: 5.1, 2: 5.2}
+    resumed = titan_log([5.3], first_step=3)
+    run = parse_log(cut + "step:  3  loss:  5\n" + resumed)
+    assert run.curves[LOSS] == {1: 5.1, 2: 5.2, 3: 5.3}
+    assert run.resolution[LOSS] == pytest.approx(1e-5)
+    unfinished = titan_log([5.1]).removesuffix("\n")  # as a text editor saves it
+    assert parse_log(unfinished).log.fused_calls == 0
+
+
 def test_a_log_says_what_ran():
     log = parse_log(titan_log([5.0] * 3, calls=12, impl="liger", accumulation=4)).log
     assert (log.fused_calls, log.impl, log.finished) == (12, "liger", True)

@@ -220,6 +220,57 @@ def test_a_typo_ends_the_comparison_and_leaves_an_earlier_report_alone(command):
     assert (OUTPUT / "report.md").read_text() == before
 
 
+def test_a_report_does_not_outlive_its_runs(command, script, monkeypatch):
+    assert command(*RUN)[0] == 0
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "judge", fail)
+    assert command(*RUN)[0] == 130
+    assert not (OUTPUT / "report.md").exists()
+    assert not (OUTPUT / "curves.png").exists()
+
+
+def test_what_goes_wrong_is_no_verdict(command, script, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert command(*RUN, "--output", "file")[0] == 2
+    assert not (tmp_path / "root" / "names").exists()  # before anything is trained
+
+    def fail(*_):
+        raise AssertionError("planted")
+
+    monkeypatch.setattr(script, "markdown", fail)
+    code, output = command(*RUN)
+    assert code == 2
+    assert "planted" in output.err
+
+
+def test_a_log_of_ones_own_makes_no_run_of_a_comparison(command):
+    mine = OUTPUT / "off" / "checkpoint" / "step-9"
+    mine.mkdir(parents=True)
+    (OUTPUT / "off" / "run.log").write_text(titan_log([5.0]))
+    code, output = command(*RUN)
+    assert code == 2
+    assert "choose another --output" in output.err
+    assert mine.exists()
+
+
+def test_a_repetition_that_was_killed_sets_no_noise_floor(command, tmp_path):
+    """It may be one of "on", whose log does not say so."""
+    losses = [10.0 - step / 10 for step in range(STEPS)]
+    wrong = [*losses[:4], *(loss + 0.05 for loss in losses[4:])]
+    for name, curve, calls in (("off", losses, 0), ("on", wrong, STEPS)):
+        log = titan_log(curve, calls=calls, impl="chunked" if calls else "stock")
+        (tmp_path / f"{name}.log").write_text(log)
+    killed = titan_log(wrong, end=())
+    (tmp_path / "again.log").write_text(killed)
+    assert command("read", "off.log", "on.log")[0] == 1
+    code, output = command("read", "off.log", "on.log", "again.log")
+    assert code == 2
+    assert "again.log: its log does not say how often" in output.out
+
+
 def test_runs_of_an_earlier_comparison_are_not_mixed_with_new_ones(command):
     command(*RUN, fault="chance")
     assert (OUTPUT / "on_again").exists()

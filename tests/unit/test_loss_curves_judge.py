@@ -14,10 +14,10 @@ from torchtitan_liger.loss_curves_judge import (
     Verdict,
     judge,
     missing_proof,
-    notes,
     unlike_start,
     unrepeatable,
 )
+from torchtitan_liger.loss_curves_words import notes
 
 STEPS = 20
 BOUNDS = Bounds()
@@ -92,6 +92,20 @@ def test_printed_digits_are_no_difference():
 
 
 # --- different -----------------------------------------------------------------------
+
+
+def test_one_spike_of_the_noise_excuses_no_lasting_difference():
+    curves = {tag: dict(curve) for tag, curve in OFF.curves.items()}
+    curves[LOSS][4] *= 1.015
+    spike = replace(OFF, name="off_again", curves=curves)
+    on = changed((LOSS, 6, 0.93))  # less than five times the spike
+    verdict = judge(Runs(OFF, on, (spike,)), BOUNDS)
+    assert str(verdict) == "different at step 6"
+    (reason,) = verdict.reasons
+    assert reason.startswith("loss on average 0.26 apart (5.2 %), 0.019 allowed")
+    for tag in (LOSS, GRAD_NORM):
+        curves[tag].update({s: 1.02 * curves[tag][s] for s in range(5, STEPS + 1)})
+    assert judge(Runs(OFF, on, (spike,)), BOUNDS).answer == "same"
 
 
 @pytest.mark.parametrize("first", [1, 2, 13, STEPS])

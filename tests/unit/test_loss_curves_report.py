@@ -26,11 +26,11 @@ from torchtitan_liger.loss_curves_report import (
     draw,
     markdown,
     overlays,
-    rule_text,
     table,
     table_text,
     to_json,
 )
+from torchtitan_liger.loss_curves_words import rule_text
 
 OFF = parse_log(titan_log([5.0, 4.5, 4.25, 4.0, 3.5, 3.0]), "off")
 AGAIN = parse_log(titan_log([5.0, 4.5, 4.25, 4.0, 3.5, 3.00005]), "off_again")

@@ -28,7 +28,6 @@ import argparse
 import os
 import re
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -37,7 +36,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from environment import ROOT
+from environment import ROOT, exit_on_signals
 from provenance import result_file
 from train_table import COLUMNS, Row, Table
 
@@ -74,9 +73,7 @@ class TrialError(Exception):
 
 def main() -> int:
     args = parse_args()
-    # The run in progress is ended with this process, and gives its GPUs back.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    exit_on_signals()
     table = Table(args.output)
     for config in args.configs:
         for impl, start in zip(args.impl, args.start, strict=True):

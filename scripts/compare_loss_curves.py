@@ -12,14 +12,14 @@ report.md, report.json and curves.png; report.md has the rule behind the answer.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from curve_runs import Progress, Trainer, forget_report
+from curve_runs import OVERLAYS, Progress, Trainer, forget_report
+from environment import exit_on_signals
 
 from torchtitan_liger.cli import FLAG_OFF, FLAG_ON, arguments_of, read_toml
 from torchtitan_liger.loss_curves import (
@@ -75,17 +75,9 @@ the noise floor. Without further ones, the relative bounds judge alone.
 
 
 def main() -> int:
-    args = parse_args(sys.argv[1:])
-    # The run in progress is ended with this process, and gives its GPUs back.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    exit_on_signals()
     try:
-        args.output.mkdir(parents=True, exist_ok=True)  # before hours of training
-        bounds = Bounds(args.loss_bound, args.grad_norm_bound, args.noise_factor)
-        report = (
-            train_all(args, bounds) if args.command == "run" else read_all(args, bounds)
-        )
-        write(report, args)
+        return compare(parse_args(sys.argv[1:]))
     except (OSError, ValueError, ImportError) as error:
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
         return 2
@@ -94,12 +86,22 @@ def main() -> int:
     except Exception:  # whose exit code would say "different"
         traceback.print_exc()
         return 2
+
+
+def compare(args: argparse.Namespace) -> int:
+    """The exit code, when all is written."""
+    args.output.mkdir(parents=True, exist_ok=True)  # before hours of training
+    bounds = Bounds(args.loss_bound, args.grad_norm_bound, args.noise_factor)
+    report = (
+        train_all(args, bounds) if args.command == "run" else read_all(args, bounds)
+    )
+    write(report, args)
     verdict = report.verdict
     print(f"\n{report.title}\n\n{table_text(report.runs)}\n\nVerdict: {verdict}")
     print(*(f"  {reason}" for reason in verdict.reasons), sep="\n")
     for note in notes(report.runs):
         print(f"  Note: {note}")
-    print(f"\n{args.output / 'report.md'}")
+    print(f"\n{args.output / 'report.md'}", flush=True)
     return verdict.exit_code
 
 
@@ -290,9 +292,11 @@ def write(report: Report, args: argparse.Namespace) -> None:
     draw(report, *pictures)
     if args.tensorboard:
         for name, curves in overlays(report).items():
-            target = folder / "tensorboard" / name
-            for file in target.glob("events.out.tfevents.*"):  # of an earlier report
-                file.unlink()
+            target = folder / OVERLAYS / name
+            if target.exists():
+                raise FileExistsError(
+                    f"{target} is not of an earlier comparison: choose another --output"
+                )
             write_tensorboard(target, curves)
 
 

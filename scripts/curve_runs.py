@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from torchtitan_liger.loss_curves import LOG_NAME, Run, read_run
 from torchtitan_liger.loss_curves_report import PICTURE
 
+OVERLAYS = "tensorboard"
 TAIL = 40  # lines of a crashed run's log that go into the report
 
 
@@ -87,6 +89,7 @@ class Trainer:
         )
         with process, open(folder / LOG_NAME, "w") as log:
             log.write(f"$ {shown}\n")
+            log.flush()  # by which this is known as a run of a comparison
             assert process.stdout is not None
             try:
                 for line in process.stdout:
@@ -111,6 +114,18 @@ class Trainer:
 
 def forget_report(folder: Path) -> None:
     """Remove an earlier comparison's report: it is of other runs."""
+    try:
+        ours = {"verdict", "rule"} <= json.loads(
+            (folder / "report.json").read_text()
+        ).keys()
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        return
+    for events in (folder / OVERLAYS).glob("*/events.out.tfevents.*"):
+        events.unlink()
+        if not any(events.parent.iterdir()):
+            events.parent.rmdir()
     for name in ("report.md", "report.json", PICTURE, PICTURE.replace("png", "svg")):
         (folder / name).unlink(missing_ok=True)
 

@@ -4,6 +4,7 @@ of run_train.sh, which is made if there is none.
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,3 +16,10 @@ if not all(map(importlib.util.find_spec, ("torchtitan", "torchtitan_liger"))):
     os.environ["SET_UP_BY"] = str(ROOT)
     setup = f'source "{ROOT}/scripts/setup_env.sh" "" && exec "$PYTHON" "$0" "$@"'
     os.execvp("bash", ["bash", "-c", setup, *sys.argv])
+
+
+def exit_on_signals() -> None:
+    """Let a run in progress end with this process, and give its GPUs back."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))

@@ -141,27 +141,28 @@ def _lasting(
     The noise floor never falls: after one spike of the noise, it would allow a small
     difference for ever.
     """
-    judged = [i for i, limit in enumerate(allowed) if not math.isnan(limit)]
-    sizes = {aligned.steps[i]: abs(aligned.differences[i]) for i in judged}
-    total_noise = 0.0
-    for pair in runs.pairs:
-        noise = spread(aligned.tag, *pair)
-        if not sizes.keys() <= noise.keys():
-            return None, ""  # the floor's end is not known
-        total_noise = max(total_noise, sum(noise[step] for step in sizes))
-    num = max(1, len(sizes))
-    mean_off = sum(abs(aligned.off[i]) for i in judged) / num
-    limit = max(
-        bounds.bound(aligned.tag) * mean_off, bounds.noise_factor * total_noise / num
-    )
-    mean, limit = sum(sizes.values()) / num, limit + rounding
-    if not limit < mean < math.inf:
+    spreads = [spread(aligned.tag, *pair) for pair in runs.pairs]
+    found = [
+        (step, abs(off), abs(size), max(s[step] for s in spreads if step in s))
+        for step, off, size, limit in zip(
+            aligned.steps, aligned.off, aligned.differences, allowed, strict=True
+        )
+        if not math.isnan(limit) and any(step in s for s in spreads)
+    ]
+    if not found:
+        return None, ""
+    steps, *columns = zip(*found, strict=True)
+    mean_off, mean, noise = (sum(column) / len(steps) for column in columns)
+    limit = max(bounds.bound(aligned.tag) * mean_off, bounds.noise_factor * noise)
+    limit += rounding
+    larger = [step for step, _, size, _ in found if size > limit]
+    if not (larger and limit < mean < math.inf):
         return None, ""
     text = (
         f"{NAMES[aligned.tag]} on average {mean:.2g} apart ({_percent(mean, mean_off)})"
     )
     text += f", {limit:.2g} allowed ({_percent(limit, mean_off)})"
-    return next(step for step, size in sizes.items() if size > limit), text
+    return larger[0], text
 
 
 def judge(
@@ -184,13 +185,15 @@ def judge(
     unlike = []
     if same_start:
         unlike = [text for pair in runs.pairs if (text := unlike_start(*pair, bounds))]
-    excesses = [c.first_excess for c in curves.values() if c.first_excess is not None]
+    found = [c for c in curves.values() if c.first_excess is not None]
+    found = [c for c in found if not c.lasting] or found
+    excesses = [c.first_excess for c in found if c.first_excess is not None]
     unsound = unlike + unrepeatable(runs, bounds)
     if excesses and not unsound and not (proof and not_off(runs)):
         step = min(excesses)
         reasons = [
             _describe_excess(curve, step)
-            for curve in curves.values()
+            for curve in found
             if curve.first_excess == step
         ]
         return Verdict("different", step, tuple(reasons), curves)

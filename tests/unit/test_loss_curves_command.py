@@ -232,6 +232,32 @@ def test_a_report_does_not_outlive_its_runs(command, script, monkeypatch):
     assert not (OUTPUT / "curves.png").exists()
 
 
+def test_files_of_ones_own_are_left_alone(command, tmp_path):
+    for name, text in (("off", titan_log([5.0] * STEPS)), ("on", titan_log([5.0] * 9))):
+        (tmp_path / f"{name}.log").write_text(text)
+    read = ("read", "off.log", "on.log", "--curves-only", "--output", "out")
+    mine = Path("out", "tensorboard", "off.log", "events.out.tfevents.1")
+    mine.parent.mkdir(parents=True)
+    for file in (mine, Path("out", "curves.svg")):
+        file.write_text("mine")
+    code, output = command(*read, "--tensorboard")
+    assert code == 2
+    assert "is not of an earlier comparison" in output.err
+    assert mine.read_text() == Path("out", "curves.svg").read_text() == "mine"
+
+
+def test_overlays_are_of_the_runs_of_the_report(command, tmp_path):
+    for name in ("off", "on", "more"):
+        (tmp_path / f"{name}.log").write_text(titan_log([5.0] * STEPS))
+    read = ("read", "off.log", "on.log")
+    command(*read, "more.log", "--tensorboard", "--output", "out", "--curves-only")
+    overlays = Path("out", "tensorboard")
+    assert (overlays / "more.log").exists()
+    command(*read, "--tensorboard", "--output", "out", "--curves-only")
+    assert (overlays / "on.log").exists()
+    assert not (overlays / "more.log").exists()
+
+
 def test_what_goes_wrong_is_no_verdict(command, script, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     assert command(*RUN, "--output", "file")[0] == 2

@@ -103,6 +103,8 @@ def test_one_spike_of_the_noise_excuses_no_lasting_difference():
     assert str(verdict) == "different at step 6"
     (reason,) = verdict.reasons
     assert reason.startswith("loss on average 0.26 apart (5.2 %), 0.019 allowed")
+    short = make_run("off_again_2", steps=15)  # decides what it has
+    assert judge(Runs(OFF, on, (spike, short)), BOUNDS).answer == "different"
     for tag in (LOSS, GRAD_NORM):
         curves[tag].update({s: 1.02 * curves[tag][s] for s in range(5, STEPS + 1)})
     assert judge(Runs(OFF, on, (spike,)), BOUNDS).answer == "same"

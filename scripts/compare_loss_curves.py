@@ -90,11 +90,12 @@ def main() -> int:
 
 def compare(args: argparse.Namespace) -> int:
     """The exit code, when all is written."""
-    args.output.mkdir(parents=True, exist_ok=True)  # before hours of training
     bounds = Bounds(args.loss_bound, args.grad_norm_bound, args.noise_factor)
-    report = (
-        train_all(args, bounds) if args.command == "run" else read_all(args, bounds)
-    )
+    if args.command == "run":
+        args.output.mkdir(parents=True, exist_ok=True)  # before hours of training
+        report = train_all(args, bounds)
+    else:
+        report = read_all(args, bounds)
     write(report, args)
     verdict = report.verdict
     print(f"\n{report.title}\n\n{table_text(report.runs)}\n\nVerdict: {verdict}")

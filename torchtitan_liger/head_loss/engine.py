@@ -164,8 +164,8 @@ class HeadLoss:
                 together. None: the last dim of `labels` is a sequence.
             num_sequences: how many `sequence_ids` number; they come together.
             check_labels: look for labels that are not in [0, V). This waits for the GPU, so
-                callers that have looked on the host turn it off; such a label then makes
-                the loss NaN.
+                callers that have looked on the host turn it off; such a label, or a token
+                of no sequence, then makes the loss NaN.
             num_labeled: how many labels are not ignored, or how many in each row of
                 `labels`, from a caller that knows. The other tokens then cost neither
                 time nor memory; without it they do on a GPU with `check_labels=False`,
@@ -207,12 +207,8 @@ class HeadLoss:
             call = check_candidates(call, rows["candidates"], vocab_size, check_labels)
         sequences = None
         if self._sequence_terms:
-            sequences = sequences_of(
-                labels,
-                call.valid_T,
-                sequence_ids,
-                num_sequences,
-                check_labels=check_labels,
+            call, sequences = sequences_of(
+                call, labels, sequence_ids, num_sequences, check_labels
             )
         elif sequence_ids is not None or num_sequences is not None:
             raise ValueError("there are sequence_ids, but no term over sequences")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from torchtitan_liger.head_loss.calls import check_integers, per_token
+from torchtitan_liger.head_loss.calls import Call, check_integers, per_token
 from torchtitan_liger.head_loss.chunking import ChunkPlan
 
 
@@ -110,21 +110,17 @@ class Sequences(NamedTuple):
 
 
 def sequences_of(
+    call: Call,
     labels: torch.Tensor,
-    valid_T: torch.Tensor,
     sequence_ids: torch.Tensor | None,
     num_sequences: int | None,
-    *,
     check_labels: bool,
-) -> Sequences:
-    """Those that the caller numbers, or else the rows of `labels`.
-
-    Args:
-        valid_T: which labels are not ignored.
+) -> tuple[Call, Sequences]:
+    """Those that the caller numbers, or else the rows of `labels`; and the call, whose scale
+    is NaN if a token with a label belongs to no sequence.
 
     Raises:
-        ValueError: for numbers that are none; with `check_labels` also for a token with a
-            label that belongs to no sequence.
+        ValueError: for numbers that are none; with `check_labels` also for such a token.
     """
     if (sequence_ids is None) != (num_sequences is None):
         raise ValueError("sequence_ids and num_sequences belong together")
@@ -135,19 +131,20 @@ def sequences_of(
             length, output_size=labels.numel()
         )
         starts = tuple(range(0, labels.numel() + 1, max(1, length)))
-        return Sequences(ids_T, count, valid_T, starts)
+        return call, Sequences(ids_T, count, call.valid_T, starts)
     ids_T = per_token("sequence_ids", sequence_ids, labels)
     check_integers("sequence_ids", ids_T)
     if isinstance(num_sequences, float | bool | str) or num_sequences < 1:
         raise ValueError(
             f"num_sequences must be a whole number, at least 1, got {num_sequences}"
         )
-    if check_labels and not torch.compiler.is_compiling():
-        bad_T = valid_T & ((ids_T < 0) | (ids_T >= num_sequences))
-        if bad_T.any():
-            raise ValueError(
-                f"sequence_ids must be in [0, {num_sequences}) where there is a label, "
-                f"got {ids_T[bad_T][0].item()}"
-            )
-    # An ignored token may belong to none.
-    return Sequences(torch.where(valid_T, ids_T.long(), 0), num_sequences, valid_T)
+    known_T = (ids_T >= 0) & (ids_T < num_sequences)
+    bad_T = call.valid_T & ~known_T  # an ignored token may belong to none
+    if check_labels and not torch.compiler.is_compiling() and bad_T.any():
+        raise ValueError(
+            f"sequence_ids must be in [0, {num_sequences}) where there is a label, "
+            f"got {ids_T[bad_T][0].item()}"
+        )
+    call = call._replace(scale=call.scale.masked_fill(bad_T.any(), torch.nan))
+    ids_T = torch.where(call.valid_T & known_T, ids_T.long(), 0)
+    return call, Sequences(ids_T, num_sequences, call.valid_T)

@@ -51,6 +51,27 @@ def test_numbers_that_are_no_sequences_are_an_error(call, message):
         HeadLoss()(*args, **call)
 
 
+@pytest.mark.parametrize("number", [5, -1, 2**40])
+def test_an_unchecked_number_of_no_sequence_makes_the_loss_nan(number):
+    problem = Problem(T=27, D=16, V=101)
+    ids = torch.arange(27) % 3
+    ignored = int((problem.labels == -100).nonzero()[0])
+    labeled = int((problem.labels != -100).nonzero()[0])
+    rows = {"old_logp": torch.zeros(27), "advantages": torch.ones(27)}
+    for position, is_nan in ((ignored, False), (labeled, True)):
+        ids[position] = number
+        loss = HeadLoss([SequencePolicyGradient()])(
+            problem.hidden,
+            problem.weight,
+            problem.labels,
+            sequence_ids=ids,
+            num_sequences=3,
+            check_labels=False,
+            **rows,
+        ).loss
+        assert loss.isnan() == is_nan
+
+
 def test_losses_per_token_have_no_sequences():
     problem = Problem(T=72, D=16, V=101)
     head = HeadLoss([SequencePolicyGradient(1.0, 100.0)])

@@ -170,16 +170,8 @@ def parse_args() -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.sizes = args.sizes or GROWTH.get(args.grow)
-    least = {
-        "budgets": 1,
-        "tokens": 1,
-        "dim": 1,
-        "vocab": 1,
-        "repeats": 1,
-        "sizes": 1,
-        "warmup": 0,
-    }
-    for name, low in least.items():
+    for name in ("budgets", "tokens", "dim", "vocab", "repeats", "sizes", "warmup"):
+        low = 0 if name == "warmup" else 1
         value = getattr(args, name)
         numbers = value if isinstance(value, list) else [value]
         if value is not None and min(numbers, default=low) < low:

@@ -77,6 +77,7 @@ class Trainer:
         variables = {"CONFIG_FILE": str(args.config), **(env or {})}
         shown = shlex.join([*(f"{k}={v}" for k, v in variables.items()), *command])
         self.progress.begin(name)
+        has_trained = False
         start, tail = time.monotonic(), deque[str](maxlen=TAIL)
         process = subprocess.Popen(
             command,
@@ -96,8 +97,9 @@ class Trainer:
                     log.write(line)
                     log.flush()
                     tail.append(line)
-                    if self.progress.read(line):
+                    if self.progress.read(line) and not has_trained:
                         forget_report(args.output)
+                        has_trained = True
             except BaseException:
                 process.terminate()  # torchrun ends its workers
                 raise

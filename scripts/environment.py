@@ -1,5 +1,5 @@
 """Import this first: where this Python cannot train, the script goes on in the environment
-of run_train.sh, which is made if there is none.
+of run_train.sh, which is made if there is none. And how a script with runs ends.
 """
 
 import importlib.util

@@ -295,16 +295,20 @@ TEACHER_PRODUCT = Case(
 
 
 def mixture_cases() -> Iterator[Case]:
-    """Each mixture in one call, as a call per term, and from full logits."""
     for mixture in (*MIXTURES, *MORE_MIXTURES):
-        name, terms = mixture.name, mixture.terms
-        one_call = partial(calls_loss, mixture, [terms])
-        yield autograd_case(f"{name}: one call", one_call, mixture)
-        if len(terms) > 1:
-            calls = partial(calls_loss, mixture, [[term] for term in terms])
-            yield autograd_case(f"{name}: {len(terms)} calls", calls, mixture)
-        yield replace(unfused(mixture), name=f"{mixture.name}: full logits")
+        yield from cases_of_mixture(mixture)
     yield TEACHER_PRODUCT
+
+
+def cases_of_mixture(mixture: Mixture) -> Iterator[Case]:
+    """In one call, as a call per term, and from full logits."""
+    name, terms = mixture.name, mixture.terms
+    one_call = partial(calls_loss, mixture, [terms])
+    yield autograd_case(f"{name}: one call", one_call, mixture)
+    if len(terms) > 1:
+        calls = partial(calls_loss, mixture, [[term] for term in terms])
+        yield autograd_case(f"{name}: {len(terms)} calls", calls, mixture)
+    yield replace(unfused(mixture), name=f"{name}: full logits")
 
 
 def liger_dpo_loss(inputs: Inputs) -> torch.Tensor:
@@ -332,7 +336,5 @@ def liger_dpo_loss(inputs: Inputs) -> torch.Tensor:
 def preference_cases() -> Iterator[Case]:
     """Preferences among sequences, beside the cross entropy of the same tokens."""
     for mixture in (CROSS_ENTROPY, DPO):
-        one_call = partial(calls_loss, mixture, [mixture.terms])
-        yield autograd_case(f"{mixture.name}: one call", one_call, mixture)
-        yield replace(unfused(mixture), name=f"{mixture.name}: full logits")
+        yield from cases_of_mixture(mixture)
     yield autograd_case("DPO: Liger", liger_dpo_loss, DPO)

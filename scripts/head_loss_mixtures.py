@@ -81,9 +81,8 @@ class Problem:
         rows = {
             "advantages": torch.randn(self.tokens, **kwargs),
             "old_logp": logp_T + 0.1 * noise_T,  # the policy has moved by a few steps
-            "ref_logp": torch.zeros_like(
-                noise_T
-            ),  # as Liger-Kernel without a reference
+            # As Liger-Kernel without a reference model.
+            "ref_logp": torch.zeros_like(noise_T),
         }
         teacher = None
         if with_teacher:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 
 from torchtitan_liger.head_loss import HeadLossOutput
-from torchtitan_liger.head_loss.evaluate import is_extreme
+from torchtitan_liger.head_loss.evaluate import is_extreme, signed
 
 
 class HeadLossReport:
@@ -46,7 +44,7 @@ class HeadLossReport:
             if not alike:
                 continue
             rows = [
-                torch.stack([_signed(n, part[n].float()) for n in alike])
+                torch.stack([signed(n, part[n].float()) for n in alike])
                 for part in self._parts
             ]
             packed = torch.stack(rows)
@@ -55,9 +53,4 @@ class HeadLossReport:
                 op = dist.ReduceOp.MAX if extreme else dist.ReduceOp.SUM
                 dist.all_reduce(packed, op, group)
             found.update(zip(alike, packed.tolist(), strict=True))
-        return {name: _signed(name, found[name]) for name in names}
-
-
-def _signed(name: str, x: Any) -> Any:
-    """A minimum is the maximum of the negatives."""
-    return -x if name.endswith("/min") else x
+        return {name: signed(name, found[name]) for name in names}

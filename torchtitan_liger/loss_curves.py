@@ -7,6 +7,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
 
@@ -350,6 +351,8 @@ class Aligned:
     on: tuple[float, ...]
     noise: tuple[float, ...]
     """How far runs without a difference are apart up to here; NaN where not known."""
+    apart: tuple[float, ...]
+    """How far they are apart at this step; NaN where not known."""
 
     @property
     def differences(self) -> tuple[float, ...]:
@@ -370,10 +373,8 @@ def align(tag: str, runs: Runs) -> Aligned:
     steps = tuple(sorted(off.keys() & on.keys()))
     spreads = [spread(tag, *pair) for pair in runs.pairs]
     spread_steps = sorted(set().union(*spreads))
-    envelope, largest, noise = [], 0.0, []
-    for step in spread_steps:
-        largest = max([largest, *(s[step] for s in spreads if step in s)])
-        envelope.append(largest)
+    apart = {n: max(s[n] for s in spreads if n in s) for n in spread_steps}
+    envelope, noise = [*accumulate(apart.values(), max)], []
     for step in steps:
         seen = bisect_right(spread_steps, step)
         known = seen and step <= spread_steps[-1]
@@ -385,6 +386,7 @@ def align(tag: str, runs: Runs) -> Aligned:
         tuple(off[step] for step in steps),
         tuple(on[step] for step in steps),
         tuple(noise),
+        tuple(apart.get(step, math.nan) for step in steps),
     )
 
 

@@ -125,37 +125,37 @@ def judge_curve(aligned: Aligned, runs: Runs, bounds: Bounds, end: float) -> Jud
             first_excess = step
     lasting = ""
     if first_excess is None:
-        first_excess, lasting = _lasting(aligned, allowed, runs, bounds, rounding)
+        first_excess, lasting = _lasting(aligned, allowed, bounds, rounding)
     return Judged(aligned, tuple(allowed), tuple(telling), first_excess, lasting)
 
 
 def _lasting(
-    aligned: Aligned,
-    allowed: Sequence[float],
-    runs: Runs,
-    bounds: Bounds,
-    rounding: float,
+    aligned: Aligned, allowed: Sequence[float], bounds: Bounds, rounding: float
 ) -> tuple[int | None, str]:
     """From which step on off and on are too far apart on average; and how far, in words.
 
     The noise floor never falls: after one spike of the noise, it would allow a small
     difference for ever.
     """
-    spreads = [spread(aligned.tag, *pair) for pair in runs.pairs]
-    found = [
-        (step, abs(off), abs(size), max(s[step] for s in spreads if step in s))
-        for step, off, size, limit in zip(
-            aligned.steps, aligned.off, aligned.differences, allowed, strict=True
+    rows = [
+        (step, abs(off), abs(size), apart)
+        for step, off, size, apart, limit in zip(
+            aligned.steps,
+            aligned.off,
+            aligned.differences,
+            aligned.apart,
+            allowed,
+            strict=True,
         )
-        if not math.isnan(limit) and any(step in s for s in spreads)
+        if not (math.isnan(limit) or math.isnan(apart))
     ]
-    if not found:
+    if not rows:
         return None, ""
-    steps, *columns = zip(*found, strict=True)
+    steps, *columns = zip(*rows, strict=True)
     mean_off, mean, noise = (sum(column) / len(steps) for column in columns)
     limit = max(bounds.bound(aligned.tag) * mean_off, bounds.noise_factor * noise)
     limit += rounding
-    larger = [step for step, _, size, _ in found if size > limit]
+    larger = [step for step, _, size, _ in rows if size > limit]
     if not (larger and limit < mean < math.inf):
         return None, ""
     text = (
@@ -231,7 +231,7 @@ def missing_proof(runs: Runs) -> list[str]:
         problems += [
             _unproven(run)
             for run in offs
-            if run.log is None or run.log.fused_calls is None
+            if (run.log or LogFacts()).fused_calls is None
         ]
     for run in (runs.on, *runs.on_again):
         log = run.log or LogFacts()

@@ -89,9 +89,8 @@ def value_of_a_switch(argv: Sequence[str], said: str, configs: Sequence[type]) -
     """What to do about a word that follows a switch and that nobody recognizes."""
     words = re.findall(r"[Uu]nrecognized options?: (.*)", said)
     for switch, word in pairwise(argv):
-        if word.startswith("--"):
-            continue
-        if words and word in words[0].split() and is_switch(switch, configs):
+        is_value = words and word in words[0].split() and not word.startswith("--")
+        if is_value and is_switch(switch, configs):
             section, _, key = switch.rpartition(".")
             off = f"{section}.no-{re.sub('^no[-_]', '', key)}"
             return (

@@ -172,17 +172,17 @@ def kept_rows(
 
 
 def _counts_are_wrong(valid_T: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    num_tokens = valid_T.numel()
-    if num_tokens % len(counts) if counts else num_tokens:
+    if not counts and not valid_T.numel():  # of a batch without rows
+        return valid_T.any()
+    if not counts or valid_T.numel() % len(counts):
         raise ValueError(
-            f"num_labeled has {len(counts)} rows, which {num_tokens} tokens are not"
+            f"num_labeled has {len(counts)} rows, which {valid_T.numel()} tokens are not"
         )
     on_gpu = valid_T.is_cuda
     given = torch.tensor(counts, pin_memory=on_gpu).to(
         valid_T.device, non_blocking=True
     )
-    by_row = valid_T.view(len(counts), num_tokens // max(1, len(counts)))
-    return (by_row.sum(dim=1) != given).any()
+    return (valid_T.view(len(counts), -1).sum(dim=1) != given).any()
 
 
 def check_candidates(
@@ -199,12 +199,21 @@ def check_candidates(
     """
     check_integers("candidates", candidates_TK)
     bad_TK = (candidates_TK >= vocab_size) & call.valid_T[:, None]
-    if check_labels and not torch.compiler.is_compiling() and bad_TK.any():
-        raise ValueError(
-            f"candidates must be below {vocab_size}, the size of the vocabulary, got "
-            f"{candidates_TK[bad_TK][0].item()}"
-        )
-    return call._replace(scale=call.scale.masked_fill(bad_TK.any(), torch.nan))
+    rule = f"candidates must be below {vocab_size}, the size of the vocabulary"
+    return without_bad(call, candidates_TK, bad_TK, rule, check_labels)
+
+
+def without_bad(
+    call: Call, tensor: torch.Tensor, bad: torch.Tensor, rule: str, check_labels: bool
+) -> Call:
+    """The call; its scale is NaN if anything is bad.
+
+    Raises:
+        ValueError: with `check_labels`, instead: the rule, and the first bad number.
+    """
+    if check_labels and not torch.compiler.is_compiling() and bad.any():
+        raise ValueError(f"{rule}, got {tensor[bad][0].item()}")
+    return call._replace(scale=call.scale.masked_fill(bad.any(), torch.nan))
 
 
 def _kind(x: object) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -80,10 +80,7 @@ class Metrics:
                 values[f"{term.name}/{name}"] = x
         numbers = [values[name].to(stats.logp.dtype) for name in self.names]
         values_MC = torch.stack(
-            [
-                -x if name.endswith("/min") else x
-                for name, x in zip(self.names, numbers, strict=True)
-            ]
+            [signed(name, x) for name, x in zip(self.names, numbers, strict=True)]
         )
         sums = torch.where(inputs.valid, values_MC[: self._num_sums], 0.0).sum(dim=1)
         extremes_MC = values_MC[self._num_sums :]
@@ -100,7 +97,7 @@ class Metrics:
         """By name; sums are scaled, extremes are not."""
         sums = (packed[: self._num_sums] * scale).unbind()
         extremes = [
-            -x if name.endswith("/min") else x
+            signed(name, x)
             for name, x in zip(
                 self.names[self._num_sums :], packed[self._num_sums :], strict=True
             )
@@ -111,6 +108,14 @@ class Metrics:
 def is_extreme(name: str) -> bool:
     """Whether chunks, batches and ranks are put together by an extreme, not by a sum."""
     return name.endswith(("/max", "/min"))
+
+
+Number = TypeVar("Number", torch.Tensor, float)
+
+
+def signed(name: str, x: Number) -> Number:
+    """A minimum is the maximum of the negatives: there, and back."""
+    return -x if name.endswith("/min") else x
 
 
 class TermValues(NamedTuple):

@@ -9,7 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from torchtitan_liger.head_loss.calls import Call, check_integers, per_token
+from torchtitan_liger.head_loss.calls import (
+    Call,
+    check_integers,
+    per_token,
+    without_bad,
+)
 from torchtitan_liger.head_loss.chunking import ChunkPlan
 
 
@@ -140,11 +145,7 @@ def sequences_of(
         )
     known_T = (ids_T >= 0) & (ids_T < num_sequences)
     bad_T = call.valid_T & ~known_T  # an ignored token may belong to none
-    if check_labels and not torch.compiler.is_compiling() and bad_T.any():
-        raise ValueError(
-            f"sequence_ids must be in [0, {num_sequences}) where there is a label, "
-            f"got {ids_T[bad_T][0].item()}"
-        )
-    call = call._replace(scale=call.scale.masked_fill(bad_T.any(), torch.nan))
+    rule = f"sequence_ids must be in [0, {num_sequences}) where there is a label"
+    call = without_bad(call, ids_T, bad_T, rule, check_labels)
     ids_T = torch.where(call.valid_T & known_T, ids_T.long(), 0)
     return call, Sequences(ids_T, num_sequences, call.valid_T)

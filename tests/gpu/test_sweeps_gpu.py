@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from torchtitan_liger.head_loss import sweeps, triton_sweeps
-from torchtitan_liger.head_loss.statistics import SUMS, Coefficients, unpack
+from torchtitan_liger.head_loss.statistics import (
+    SUMS,
+    Coefficients,
+    Partials,
+    sums_for,
+    unpack,
+)
 from torchtitan_liger.head_loss.sweeps import Logits, Transform
 
 pytestmark = pytest.mark.gpu
@@ -32,39 +38,42 @@ def test_sure_tokens_keep_their_gradient(monkeypatch, num_parts, gap):
 
     sums = unpack(("max", "sumexp", "label_logit"), torch.empty(3, C, device="cuda"))
     ones = torch.ones(C, device="cuda")
-    by = Coefficients(sums["max"], sums["sumexp"], ones, -ones)
-    triton_sweeps.both_sweeps(z, label, Transform(), sums, by)
+    triton_sweeps.both_sweeps(z, label, Transform(), sums, Partials(logp=-ones))
     # float32 has 1 - p to 6e-8 of 1, however small it is.
     torch.testing.assert_close(z.double(), exact, rtol=2**-7, atol=2.5e-7)
 
 
-@pytest.mark.parametrize("smoothed", [True, False])
+@pytest.mark.parametrize(
+    "learned",
+    [(), ("uniform_ce",), ("kl_fwd",), ("kl_rev",), ("uniform_ce", "kl_fwd", "kl_rev")],
+    ids=str,
+)
 @pytest.mark.parametrize("transform", [Transform(), Transform(30.0, 0.7)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("num_parts", [2, 9, 33])
-def test_a_row_in_parts_is_a_row(monkeypatch, dtype, transform, smoothed, num_parts):
+def test_a_row_in_parts_is_a_row(monkeypatch, dtype, transform, learned, num_parts):
     monkeypatch.setattr(triton_sweeps, "BOTH_COLUMNS", -(-V // num_parts))
     g = torch.Generator("cuda").manual_seed(0)
-    z = (3 * torch.randn(C, V, generator=g, device="cuda")).to(dtype)
-    z[4::50, V - 600 :] += 1e3
-    z[5::50] -= 1e3
-    z[6::50, : V - 600] = -torch.inf  # whole parts without a share
+    z, v = (3 * torch.randn(2, C, V, generator=g, device="cuda")).to(dtype)
+    for x in (z, v):
+        x[4::50, V - 600 :] += 1e3
+        x[5::50] -= 1e3
+        x[6::50, : V - 600] = -torch.inf  # whole parts without a share
+    v[8::50] += 1e3
     z[7::50, 0] = torch.nan
     finite = (torch.arange(C, device="cuda") % 50) != 7
     label = torch.randint(V, (C,), generator=g, device="cuda")
     label[2::50] = -1  # ignored
-    names = ("max", "sumexp", "label_logit", "logit_sum")[: 3 + smoothed]
-    softmax, by_label, constant = torch.randn(3, C, generator=g, device="cuda")
+    names = sums_for(learned)
+    drawn = torch.randn(2 + len(learned), C, generator=g, device="cuda")
 
     def both(run, wide):
-        u = z.clone() if wide == torch.float32 else z.double()
+        exact = wide == torch.float64
+        u, t = (z.double(), v.double()) if exact else (z.clone(), v)
         sums = unpack(names, torch.empty(len(names), C, dtype=wide, device="cuda"))
-        by = Coefficients(
-            sums["max"], sums["sumexp"], softmax.to(wide), by_label.to(wide)
-        )
-        if smoothed:
-            by = by._replace(constant=constant.to(wide))
-        run.both_sweeps(u, label, transform, sums, by)
+        by = dict(zip(("logp", "lse", *learned), drawn.to(wide), strict=True))
+        teacher = Logits(t, transform) if "teacher_max" in sums else None
+        run.both_sweeps(u, label, transform, sums, Partials(**by), teacher=teacher)
         return u, sums
 
     got, sums = both(triton_sweeps, torch.float32)

@@ -249,15 +249,16 @@ class Passes:
         return exchange(self._names, packed_kC, self.call.shard)
 
     def gradients_at_once(self, chunk: Chunk, partials: Partials) -> Sums:
-        """All that `start`, `finish` and `gradients` do, in one trip through the logits:
-        for partials by the statistics in `AT_ONCE`, without columns on other ranks."""
+        """All that `start`, `finish` and `gradients` do, in one trip through the logits: for
+        constant partials by statistics in `AT_ONCE`, without columns on other ranks."""
         sums = unpack(self._names, self._empty_sums(chunk))
         self._sweeps.both_sweeps(
             chunk.logits_Cv,
             self._column_N[chunk.tokens],
             self._transform,
             sums,
-            self.coefficients(partials, sums, None),
+            partials,
+            teacher=chunk.teacher,
         )
         self._products(chunk)
         return sums

@@ -38,8 +38,8 @@ class Statistics(NamedTuple):
 OPTIONAL = frozenset(Statistics._field_defaults)
 OF_TEACHER = frozenset({"kl_fwd", "kl_rev", "jsd", "teacher_entropy"})
 WITHOUT_GRADIENT = frozenset({"max_logp", "teacher_entropy"})
-# A row's own maximum and sum of exponentials are all that their gradients need.
-AT_ONCE = frozenset({"logp", "lse", "uniform_ce"})
+# Of a loss that is linear in these, a row's gradient needs nothing but the row.
+AT_ONCE = frozenset({"logp", "lse", "uniform_ce", "kl_fwd", "kl_rev"})
 
 
 Sums = dict[str, torch.Tensor]
@@ -199,6 +199,10 @@ class Partials(NamedTuple):
     def need_values(self) -> bool:
         """Whether their coefficients depend on the statistics' own values."""
         return not (self.entropy is self.p2 is self.kl_rev is None)
+
+    def part(self, rows: slice) -> Partials:
+        parts: list[Any] = [None if x is None else x[rows] for x in self]
+        return Partials(*parts)
 
     def times(self, by_C: torch.Tensor) -> Partials:
         """The partials of a loss whose rows count `by_C` times."""

@@ -16,7 +16,13 @@ from typing import NamedTuple
 
 import torch
 
-from torchtitan_liger.head_loss.statistics import Coefficients, Sums
+from torchtitan_liger.head_loss.statistics import (
+    Coefficients,
+    Partials,
+    Sums,
+    coefficients_of,
+    statistics_of,
+)
 
 
 class Transform(NamedTuple):
@@ -156,27 +162,37 @@ def both_sweeps(
     column_C: torch.Tensor,
     transform: Transform,
     sums: Sums,
-    coefficients: Coefficients,
+    partials: Partials,
+    *,
+    teacher: Logits | None = None,
 ) -> None:
-    """`statistics_sweep` and then `gradient_sweep`, in one trip to memory and with one
-    exponential of each logit.
+    """`statistics_sweep` and then `gradient_sweep`, in one trip to memory, of all columns;
+    without a teacher with one exponential of each logit.
 
     Args:
-        coefficients: of the softmax, a constant and the label alone; made of constants and
-            of `sums`, which are filled here.
+        partials: by statistics in `AT_ONCE` alone.
     """
-    if logits_Cv.shape[1] == 0:
-        statistics_sweep(logits_Cv, column_C, transform, sums)
-        return
+    vocab_size = logits_Cv.shape[1]
     for rows in _blocks(logits_Cv):
-        part, by = {name: x[rows] for name, x in sums.items()}, coefficients.part(rows)
+        part = {name: x[rows] for name, x in sums.items()}
+        of_loss, column = partials.part(rows), column_C[rows]
+        if teacher is not None:
+            block = logits_Cv[rows]
+            other = teacher._replace(logits_Cv=teacher.logits_Cv[rows])
+            statistics_sweep(block, column, transform, part, teacher=other)
+            needs = {"kl_rev"} if of_loss.need_values else set()
+            values = statistics_of(part, needs, vocab_size, jsd_beta=0.5)
+            by = coefficients_of(of_loss, values, part, vocab_size, jsd_beta=0.5)
+            gradient_sweep(block, column, transform, by, teacher=other)
+            continue
+        by = coefficients_of(of_loss, None, part, vocab_size, jsd_beta=0.5)
         z, capped = _transformed(logits_Cv[rows], transform, part["max"].dtype)
-        _sums_of_logits(z, column_C[rows], part)
+        _sums_of_logits(z, column, part)
         # `z` may be the logits themselves, which are not needed any more.
         exp = z.sub_(_finite(part["max"])[:, None]).exp_()
         torch.sum(exp, dim=1, out=part["sumexp"])
         grad = exp.mul_((by.softmax / part["sumexp"])[:, None])
-        _finish(grad, column_C[rows], by, capped, transform, logits_Cv[rows])
+        _finish(grad, column, by, capped, transform, logits_Cv[rows])
 
 
 def _sums_of_logits(z: torch.Tensor, column_C: torch.Tensor, sums: Sums) -> None:

@@ -163,6 +163,15 @@ def rescaled(sumexp, factor):
 
 
 @triton.jit
+def moved_sum(total, by, times, rescale):
+    """sum w_j (x_j - old origin) -> sum w_j (x_j - new origin), `by` bits lower, of several
+    parts whose weights add up to `times` and are rescaled."""
+    moved = total + times * tl.where(times > 0, by, 0.0)
+    # What is too small to count has no share, and were it infinite.
+    return tl.where(rescale == 0, 0.0, rescale * moved)
+
+
+@triton.jit
 def product(weights, values):
     """A column of -inf has no share."""
     return weights * tl.where(weights > 0, values, 0.0)

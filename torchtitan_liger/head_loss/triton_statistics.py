@@ -18,6 +18,7 @@ from torchtitan_liger.head_loss.triton_blocks import (
     load_logits,
     load_raw,
     log2_of,
+    moved_sum,
     product,
     product_of_bits,
     rescaled,
@@ -63,64 +64,43 @@ def statistics_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     sums += row
-    dtype: tl.constexpr = sums.dtype.element_ty
-    # Maximum and sums are each thread's until the end, above an origin of its own, which
-    # moves with its maximum. All exponents and origins are in bits.
-    tile = threads_tile(BLOCK, UNROLL, VECTOR)
-    zeros = tl.zeros([BLOCK // VECTOR], dtype)
-    maximum = zeros - float("inf")
-    origin = maximum
-    sumexp = zeros
-    logit_sum = zeros
-    shifted_sum = zeros
-    square_sum = zeros
-    raw = load_raw(logits, tile, num_columns)
     if AT_teacher_max >= 0:
         teacher += row * teacher_stride
-        t_maximum = maximum
-        t_origin = maximum
-        t_sumexp = zeros
-        t_shifted_sum = zeros
-        student_gap = zeros
-        teacher_gap = zeros
-        t_raw = load_raw(teacher, tile, num_columns)
-
-    for start in range(0, num_columns, BLOCK * UNROLL):
-        columns = start + tile
-        following = columns + BLOCK * UNROLL  # on its way while others compute
-        z = to_logits(raw, dtype, columns, num_columns, SOFTCAP, TEMPERATURE)
-        raw = load_raw(logits, following, num_columns)
-        maximum, origin, base, shift = followed(maximum, origin, z)
-        rescale = tl.exp2(shift)
-        shifted = bits_above(base[:, None, None], z)
-        exp = tl.exp2(shifted)
-        if AT_teacher_max >= 0:
-            v = to_logits(
-                t_raw, dtype, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
-            )
-            t_raw = load_raw(teacher, following, num_columns)
-            t_maximum, t_origin, t_base, t_shift = followed(t_maximum, t_origin, v)
-            t_rescale = tl.exp2(t_shift)
-            t_shifted = bits_above(t_base[:, None, None], v)
-            t_exp = tl.exp2(t_shifted)
-            if AT_student_gap >= 0:
-                student_gap = _moved(student_gap, shift - t_shift, sumexp, rescale)
-                student_gap += sum_of(product(exp, shifted - t_shifted))
-            if AT_teacher_gap >= 0:
-                teacher_gap = _moved(teacher_gap, t_shift - shift, t_sumexp, t_rescale)
-                teacher_gap += sum_of(product(t_exp, t_shifted - shifted))
-            if AT_teacher_shifted_sum >= 0:
-                t_shifted_sum = _moved(t_shifted_sum, t_shift, t_sumexp, t_rescale)
-                t_shifted_sum += sum_of(product_of_bits(t_exp, t_shifted))
-            t_sumexp = rescaled(t_sumexp, t_rescale) + sum_of(t_exp)
-        if AT_shifted_sum >= 0:
-            shifted_sum = _moved(shifted_sum, shift, sumexp, rescale)
-            shifted_sum += sum_of(product_of_bits(exp, shifted))
-        if AT_square_sum >= 0:
-            square_sum = rescaled(square_sum, rescale * rescale) + sum_of(exp * exp)
-        if AT_logit_sum >= 0:
-            logit_sum += sum_of(tl.where(columns < num_columns, z, 0.0))
-        sumexp = rescaled(sumexp, rescale) + sum_of(exp)
+    dtype: tl.constexpr = sums.dtype.element_ty
+    (
+        maximum,
+        origin,
+        sumexp,
+        logit_sum,
+        shifted_sum,
+        square_sum,
+        t_maximum,
+        t_origin,
+        t_sumexp,
+        t_shifted_sum,
+        student_gap,
+        teacher_gap,
+    ) = threads_sums(
+        logits,
+        teacher,
+        0,
+        num_columns,
+        dtype,
+        AT_logit_sum >= 0,
+        AT_shifted_sum >= 0,
+        AT_square_sum >= 0,
+        AT_teacher_max >= 0,
+        AT_teacher_shifted_sum >= 0,
+        AT_student_gap >= 0,
+        AT_teacher_gap >= 0,
+        SOFTCAP,
+        TEMPERATURE,
+        TEACHER_SOFTCAP,
+        TEACHER_TEMPERATURE,
+        BLOCK,
+        UNROLL,
+        VECTOR,
+    )
 
     total_max = tl.max(maximum, axis=0)
     shift, to_highest, to_max = _to_maximum(origin, total_max)
@@ -133,7 +113,7 @@ def statistics_kernel(
     if AT_logit_sum >= 0:
         tl.store(sums + AT_logit_sum * num_rows, tl.sum(logit_sum, axis=0))
     if AT_shifted_sum >= 0:
-        moved = _moved(shifted_sum, shift, sumexp, share)
+        moved = moved_sum(shifted_sum, shift, sumexp, share)
         tl.store(sums + AT_shifted_sum * num_rows, tl.sum(moved, axis=0) * LN_2)
     if AT_square_sum >= 0:
         moved = tl.sum(rescaled(square_sum, to_highest * to_highest), axis=0)
@@ -147,14 +127,14 @@ def statistics_kernel(
         total = at_least_one(total, t_total_max)
         tl.store(sums + AT_teacher_sumexp * num_rows, total)
         if AT_teacher_shifted_sum >= 0:
-            moved = _moved(t_shifted_sum, t_shift, t_sumexp, t_share)
+            moved = moved_sum(t_shifted_sum, t_shift, t_sumexp, t_share)
             total = tl.sum(moved, axis=0) * LN_2
             tl.store(sums + AT_teacher_shifted_sum * num_rows, total)
         if AT_student_gap >= 0:
-            moved = _moved(student_gap, shift - t_shift, sumexp, share)
+            moved = moved_sum(student_gap, shift - t_shift, sumexp, share)
             tl.store(sums + AT_student_gap * num_rows, tl.sum(moved, axis=0) * LN_2)
         if AT_teacher_gap >= 0:
-            moved = _moved(teacher_gap, t_shift - shift, t_sumexp, t_share)
+            moved = moved_sum(teacher_gap, t_shift - shift, t_sumexp, t_share)
             tl.store(sums + AT_teacher_gap * num_rows, tl.sum(moved, axis=0) * LN_2)
     label = tl.load(label_columns + row)
     _raw, z = load_logit(logits, label, dtype, SOFTCAP, TEMPERATURE)
@@ -166,20 +146,110 @@ def statistics_kernel(
 
 
 @triton.jit
+def threads_sums(
+    logits,
+    teacher,
+    begin,
+    end,
+    dtype: tl.constexpr,
+    WITH_logit_sum: tl.constexpr,
+    WITH_shifted_sum: tl.constexpr,
+    WITH_square_sum: tl.constexpr,
+    WITH_teacher: tl.constexpr,
+    WITH_teacher_shifted_sum: tl.constexpr,
+    WITH_student_gap: tl.constexpr,
+    WITH_teacher_gap: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
+    TEACHER_TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Each thread's maximum and sums over its share of a row's columns.
+
+    They are above an origin of the thread's own, which moves with its maximum. Origins and
+    what is summed beside exponentials are in bits.
+    """
+    tile = threads_tile(BLOCK, UNROLL, VECTOR)
+    zeros = tl.zeros([BLOCK // VECTOR], dtype)
+    maximum = zeros - float("inf")
+    origin = maximum
+    sumexp = zeros
+    logit_sum = zeros
+    shifted_sum = zeros
+    square_sum = zeros
+    t_maximum = maximum
+    t_origin = maximum
+    t_sumexp = zeros
+    t_shifted_sum = zeros
+    student_gap = zeros
+    teacher_gap = zeros
+    raw = load_raw(logits, begin + tile, end)
+    if WITH_teacher:
+        t_raw = load_raw(teacher, begin + tile, end)
+
+    for start in range(begin, end, BLOCK * UNROLL):
+        columns = start + tile
+        following = columns + BLOCK * UNROLL  # on its way while others compute
+        z = to_logits(raw, dtype, columns, end, SOFTCAP, TEMPERATURE)
+        raw = load_raw(logits, following, end)
+        maximum, origin, base, shift = followed(maximum, origin, z)
+        rescale = tl.exp2(shift)
+        shifted = bits_above(base[:, None, None], z)
+        exp = tl.exp2(shifted)
+        if WITH_teacher:
+            v = to_logits(
+                t_raw, dtype, columns, end, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
+            )
+            t_raw = load_raw(teacher, following, end)
+            t_maximum, t_origin, t_base, t_shift = followed(t_maximum, t_origin, v)
+            t_rescale = tl.exp2(t_shift)
+            t_shifted = bits_above(t_base[:, None, None], v)
+            t_exp = tl.exp2(t_shifted)
+            if WITH_student_gap:
+                student_gap = moved_sum(student_gap, shift - t_shift, sumexp, rescale)
+                student_gap += sum_of(product(exp, shifted - t_shifted))
+            if WITH_teacher_gap:
+                by = t_shift - shift
+                teacher_gap = moved_sum(teacher_gap, by, t_sumexp, t_rescale)
+                teacher_gap += sum_of(product(t_exp, t_shifted - shifted))
+            if WITH_teacher_shifted_sum:
+                t_shifted_sum = moved_sum(t_shifted_sum, t_shift, t_sumexp, t_rescale)
+                t_shifted_sum += sum_of(product_of_bits(t_exp, t_shifted))
+            t_sumexp = rescaled(t_sumexp, t_rescale) + sum_of(t_exp)
+        if WITH_shifted_sum:
+            shifted_sum = moved_sum(shifted_sum, shift, sumexp, rescale)
+            shifted_sum += sum_of(product_of_bits(exp, shifted))
+        if WITH_square_sum:
+            square_sum = rescaled(square_sum, rescale * rescale) + sum_of(exp * exp)
+        if WITH_logit_sum:
+            logit_sum += sum_of(tl.where(columns < end, z, 0.0))
+        sumexp = rescaled(sumexp, rescale) + sum_of(exp)
+    return (
+        maximum,
+        origin,
+        sumexp,
+        logit_sum,
+        shifted_sum,
+        square_sum,
+        t_maximum,
+        t_origin,
+        t_sumexp,
+        t_shifted_sum,
+        student_gap,
+        teacher_gap,
+    )
+
+
+@triton.jit
 def _to_maximum(origin, maximum):
     """From each thread's origin to the maximum of all: bits, and two factors, one to the
     highest origin and one from there."""
     highest = finite(tl.max(origin, axis=0))
     bits, to_max = bits_to(highest, finite(maximum))
     return (origin - highest) + bits, tl.exp2(origin - highest), to_max
-
-
-@triton.jit
-def _moved(total, by, times, rescale):
-    """sum w_j (x_j - old origin) -> sum w_j (x_j - new origin), for each thread."""
-    moved = total + times * tl.where(times > 0, by, 0.0)
-    # What is too small to count has no share, and were it infinite.
-    return tl.where(rescale == 0, 0.0, rescale * moved)
 
 
 @triton.jit

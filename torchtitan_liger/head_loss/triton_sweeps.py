@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 
-from torchtitan_liger.head_loss.statistics import SUMS, Coefficients, Sums
-from torchtitan_liger.head_loss.sweeps import Logits, Transform
-from torchtitan_liger.head_loss.triton_gradients import (
-    both_kernel,
-    gradient_kernel,
-    scale_kernel,
+from torchtitan_liger.head_loss.statistics import (
+    SUMS,
+    Coefficients,
+    Partials,
+    Sums,
+    coefficients_of,
 )
+from torchtitan_liger.head_loss.sweeps import Logits, Transform
+from torchtitan_liger.head_loss.triton_both import both_kernel
+from torchtitan_liger.head_loss.triton_gradients import gradient_kernel, scale_kernel
 from torchtitan_liger.head_loss.triton_statistics import (
     mixture_kernel,
     statistics_kernel,
@@ -31,7 +34,7 @@ STATISTICS_BLOCK, STATISTICS_UNROLL, STATISTICS_WARPS = 1024, 2, 4  # 292 (534, 
 GRADIENT_BLOCK, GRADIENT_BLOCKS, GRADIENT_WARPS = 1024, 8, 4  # 514 (776, 738) us
 MIXTURE_BLOCK, MIXTURE_WARPS = 2048, 8  # 630 us
 BOTH_COLUMNS, BOTH_BLOCK, BOTH_UNROLL, BOTH_GRADIENT_BLOCK = 6144, 512, 4, 2048
-BOTH_WARPS = 2  # so that 16 parts share a multiprocessor, and its cache; 575 us
+BOTH_WARPS = 2  # so that 16 parts share a multiprocessor, and its cache; 575 (KL 1,110) us
 SCALE_BLOCK, SCALE_BLOCKS = 2048, 16
 
 
@@ -70,7 +73,9 @@ def both_sweeps(
     column_C: torch.Tensor,
     transform: Transform,
     sums: Sums,
-    coefficients: Coefficients,
+    partials: Partials,
+    *,
+    teacher: Logits | None = None,
 ) -> None:
     """As `sweeps.both_sweeps`; needs `sums` to be rows of one tensor [k, C]."""
     num_rows, num_columns = logits_Cv.shape
@@ -78,32 +83,37 @@ def both_sweeps(
         return
     part_columns = _part_columns(logits_Cv, sums["max"].dtype)
     num_parts = -(-num_columns // part_columns)
-    words_CP = logit_sums_PC = None
+    words_CWP = logit_sums_PC = None
     if num_parts > 1:
-        words_CP = column_C.new_zeros(num_rows, num_parts)
+        words_CWP = column_C.new_zeros(num_rows, 1 if teacher is None else 4, num_parts)
     if "logit_sum" in sums:
         logit_sums_PC = sums["max"].new_empty(num_parts, num_rows)
-    by = coefficients
+    # The kernel itself knows the divergence that is in the coefficients of a reverse one.
+    others = partials._replace(kl_rev=None)
+    by = coefficients_of(others, None, sums, num_columns, jsd_beta=0.5)
+    by_rows = by.softmax, by.label, by.constant, by.teacher, partials.kl_rev
+    unroll, gradient_block = BOTH_UNROLL, BOTH_GRADIENT_BLOCK
+    if teacher is not None:  # as many registers for both
+        unroll, gradient_block = unroll // 2, gradient_block // 2
+    names = "max", "sumexp", "label_logit", "teacher_max", "teacher_sumexp"
     both_kernel[(num_rows * num_parts,)](
         logits_Cv,
         logits_Cv.stride(0),
         num_columns,
         column_C,
+        *_teacher_arguments(teacher),
         sums["max"],
         num_rows,
-        by.softmax.contiguous(),
-        by.label.contiguous(),
-        None if by.constant is None else by.constant.contiguous(),
+        *(None if x is None else x.contiguous() for x in by_rows),
         logit_sums_PC,
-        words_CP,
+        words_CWP,
         num_parts,
         part_columns,
         MOST_PARTS=1 << (num_parts - 1).bit_length(),
-        **_places(sums, ("max", "sumexp", "label_logit")),
-        SOFTCAP=transform.softcap,
-        TEMPERATURE=transform.temperature,
-        **_tile(BOTH_BLOCK, BOTH_UNROLL, logits_Cv),
-        GRADIENT_BLOCK=_block(BOTH_GRADIENT_BLOCK, num_columns),
+        **_places(sums, (*names, "student_gap", "teacher_gap")),
+        **_transforms(transform, teacher),
+        **_tile(BOTH_BLOCK, unroll, logits_Cv),
+        GRADIENT_BLOCK=_block(gradient_block, num_columns),
         num_warps=BOTH_WARPS,
     )
     if logit_sums_PC is not None:

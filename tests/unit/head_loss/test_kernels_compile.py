@@ -19,6 +19,7 @@ from torchtitan_liger.head_loss import triton_sweeps
 from torchtitan_liger.head_loss.statistics import (
     SUMS,
     Coefficients,
+    Partials,
     sums_for,
     unpack,
 )
@@ -41,6 +42,7 @@ COEFFICIENTS = [
     {"mixture"},
     set(Coefficients._fields),
 ]
+AT_ONCE = [set(), {"uniform_ce"}, {"kl_fwd"}, {"kl_rev"}, {"kl_fwd", "kl_rev"}]
 
 
 def test_every_kernel_compiles():
@@ -138,15 +140,16 @@ def compile_all() -> None:
                 teacher=teacher,
                 jsd_beta=0.3,
             )
-        for constant, part_columns in itertools.product((None, row), (V, 1024)):
+        for needs, part_columns in itertools.product(AT_ONCE, (V, 1024)):
             if dtype == torch.float64 and part_columns < V:
                 continue  # a word has room for two float32
             triton_sweeps._part_columns = lambda *_, n=part_columns: n
-            by = Coefficients(row, row, row, row, constant=constant)
-            some = {name: sums[name] for name in ("max", "sumexp", "label_logit")}
-            if constant is not None:
-                some["logit_sum"] = sums["logit_sum"]
-            triton_sweeps.both_sweeps(logits, label, transform, some, by)
+            some = {name: sums[name] for name in sums_for(needs)}
+            with_teacher = teacher if "teacher_max" in some else None
+            for partials in Partials(row), Partials(row, **dict.fromkeys(needs, row)):
+                triton_sweeps.both_sweeps(
+                    logits, label, transform, some, partials, teacher=with_teacher
+                )
     for source, target in itertools.product((torch.float32, torch.bfloat16), repeat=2):
         out = torch.zeros(8, dtype=target)
         triton_sweeps.scale(torch.zeros(8, dtype=source), torch.ones(1), out)

@@ -1,0 +1,287 @@
+"""The Triton kernel of a row whose gradient needs nothing but the row: sums and gradient in
+one trip to memory."""
+
+import triton
+import triton.language as tl
+
+from torchtitan_liger.head_loss.triton_blocks import (
+    LN_2,
+    at_least_one,
+    bits_above,
+    bits_to,
+    finite,
+    load_logit,
+    load_optional,
+    load_raw,
+    moved_sum,
+    origin_of,
+    product,
+    rescaled,
+    store_gradient,
+    to_logits,
+)
+from torchtitan_liger.head_loss.triton_statistics import threads_sums
+
+
+@triton.jit
+def both_kernel(
+    logits,
+    stride,
+    num_columns,
+    label_columns,
+    teacher,
+    teacher_stride,
+    sums,
+    num_rows,
+    softmax,
+    label,
+    constant,
+    by_teacher,
+    by_kl_rev,
+    logit_sums,
+    words,
+    num_parts,
+    part_columns,
+    MOST_PARTS: tl.constexpr,
+    AT_max: tl.constexpr,
+    AT_sumexp: tl.constexpr,
+    AT_label_logit: tl.constexpr,
+    AT_teacher_max: tl.constexpr,
+    AT_teacher_sumexp: tl.constexpr,
+    AT_student_gap: tl.constexpr,
+    AT_teacher_gap: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
+    TEACHER_TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    VECTOR: tl.constexpr,
+    GRADIENT_BLOCK: tl.constexpr,
+):
+    """Sums and gradient of what is in `statistics.AT_ONCE`.
+
+    A row's parts are programs that run side by side, so that a part is in a near cache when
+    it is read again: each leaves its maxima and sums in words and waits for the others'
+    words. A GPU starts programs in their order, and finishes those that do not wait: the
+    parts of a row need no more than room for as many programs.
+    """
+    program = tl.program_id(0)
+    row = (program // num_parts).to(tl.int64)
+    part = program % num_parts
+    logits += row * stride
+    sums += row
+    WITH_TEACHER: tl.constexpr = AT_teacher_max >= 0
+    LEARNS: tl.constexpr = (by_teacher is not None) or (by_kl_rev is not None)
+    if WITH_TEACHER:
+        teacher += row * teacher_stride
+    begin = part * part_columns
+    end = tl.minimum(begin + part_columns, num_columns)
+    dtype: tl.constexpr = sums.dtype.element_ty
+
+    column = tl.load(label_columns + row).to(tl.int32)
+    by_softmax = tl.load(softmax + row)
+    by_label = tl.load(label + row)
+    (
+        maxima,
+        _origins,
+        sumexps,
+        logit_sum,
+        _shifted_sum,
+        _square_sum,
+        t_maxima,
+        _t_origins,
+        t_sumexps,
+        _t_shifted_sum,
+        student_gaps,
+        teacher_gaps,
+    ) = threads_sums(
+        logits,
+        teacher,
+        begin,
+        end,
+        dtype,
+        logit_sums is not None,
+        False,
+        False,
+        WITH_TEACHER,
+        False,
+        AT_student_gap >= 0,
+        AT_teacher_gap >= 0,
+        SOFTCAP,
+        TEMPERATURE,
+        TEACHER_SOFTCAP,
+        TEACHER_TEMPERATURE,
+        BLOCK,
+        UNROLL,
+        VECTOR,
+    )
+    maximum, base, shifts, sumexp = _together(maxima, sumexps)
+    if WITH_TEACHER:
+        t_maximum, t_base, t_shifts, t_sumexp = _together(t_maxima, t_sumexps)
+        student_gap = _gap(student_gaps, sumexps, shifts, t_shifts)
+        teacher_gap = _gap(teacher_gaps, t_sumexps, t_shifts, shifts)
+    here = (column >= begin) & (column < end)
+    label_column = tl.where(here, column, -1)
+    label_raw, label_logit = load_logit(
+        logits, label_column, dtype, SOFTCAP, TEMPERATURE
+    )
+    tl.debug_barrier()  # all threads have read what is overwritten below
+    if words is not None:
+        words += row * num_parts * (4 if WITH_TEACHER else 1)
+        word = words + part
+        tl.atomic_xchg(word, _sum_word(maximum, sumexp), sem="relaxed")
+        if WITH_TEACHER:
+            word += num_parts
+            tl.atomic_xchg(word, _sum_word(t_maximum, t_sumexp), sem="relaxed")
+            if AT_student_gap >= 0:
+                tl.atomic_xchg(word + num_parts, _gap_word(student_gap), sem="relaxed")
+            if AT_teacher_gap >= 0:
+                word += 2 * num_parts
+                tl.atomic_xchg(word, _gap_word(teacher_gap), sem="relaxed")
+    if logit_sums is not None:
+        tl.store(logit_sums + part * num_rows + row, tl.sum(logit_sum, axis=0))
+    if here | ((part == 0) & (column < 0)):
+        tl.store(sums + AT_label_logit * num_rows, label_logit)
+    # The columns that were read last are in the nearest cache.
+    num_blocks = tl.cdiv(end - begin, GRADIENT_BLOCK)
+    block = tl.arange(0, GRADIENT_BLOCK)
+    last = begin + (num_blocks - 1) * GRADIENT_BLOCK + block
+    raw = load_raw(logits, last, end)
+    if LEARNS:
+        t_raw = load_raw(teacher, last, end)
+    if words is not None:
+        maxima, sumexps = _sums(words, num_parts, MOST_PARTS)
+        maximum, base, shifts, sumexp = _together(maxima, sumexps)
+        if WITH_TEACHER:
+            t_maxima, t_sumexps = _sums(words + num_parts, num_parts, MOST_PARTS)
+            t_maximum, t_base, t_shifts, t_sumexp = _together(t_maxima, t_sumexps)
+            if AT_student_gap >= 0:
+                student_gaps = _gaps(words + 2 * num_parts, num_parts, MOST_PARTS)
+                student_gap = _gap(student_gaps, sumexps, shifts, t_shifts)
+            if AT_teacher_gap >= 0:
+                teacher_gaps = _gaps(words + 3 * num_parts, num_parts, MOST_PARTS)
+                teacher_gap = _gap(teacher_gaps, t_sumexps, t_shifts, shifts)
+    if part == 0:
+        bits, to_max = bits_to(base, finite(maximum))
+        tl.store(sums + AT_max * num_rows, maximum)
+        above_max = at_least_one(sumexp * to_max, maximum)
+        tl.store(sums + AT_sumexp * num_rows, above_max)
+        if WITH_TEACHER:
+            t_bits, t_to_max = bits_to(t_base, finite(t_maximum))
+            tl.store(sums + AT_teacher_max * num_rows, t_maximum)
+            above_max = at_least_one(t_sumexp * t_to_max, t_maximum)
+            tl.store(sums + AT_teacher_sumexp * num_rows, above_max)
+            if AT_student_gap >= 0:
+                above_max = moved_sum(student_gap, bits - t_bits, sumexp, to_max)
+                tl.store(sums + AT_student_gap * num_rows, above_max * LN_2)
+            if AT_teacher_gap >= 0:
+                above_max = moved_sum(teacher_gap, t_bits - bits, t_sumexp, t_to_max)
+                tl.store(sums + AT_teacher_gap * num_rows, above_max * LN_2)
+
+    factor = by_softmax / sumexp
+    slope, t_factor = 0.0, 0.0
+    if by_kl_rev is not None:
+        slope = tl.load(by_kl_rev + row) * LN_2 / sumexp
+        factor -= slope * (student_gap / sumexp)
+    if by_teacher is not None:
+        t_factor = tl.load(by_teacher + row) / t_sumexp
+    by_constant = load_optional(constant, row)
+    for i in range(0, num_blocks):
+        columns = begin + (num_blocks - 1 - i) * GRADIENT_BLOCK + block
+        this, before = raw, columns - GRADIENT_BLOCK
+        z = to_logits(this, dtype, columns, end, SOFTCAP, TEMPERATURE)
+        raw = tl.load(logits + before, mask=before >= begin, other=0.0)
+        bits = bits_above(base, z)
+        t_bits = bits
+        if LEARNS:
+            v = to_logits(
+                t_raw, dtype, columns, end, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
+            )
+            t_raw = tl.load(teacher + before, mask=before >= begin, other=0.0)
+            t_bits = bits_above(t_base, v)
+        grad = _dense(bits, t_bits, factor, slope, t_factor, by_kl_rev, by_teacher)
+        grad += by_constant
+        store_gradient(logits, columns, end, grad, this, SOFTCAP, TEMPERATURE)
+    if here:
+        tl.debug_barrier()  # the label's comes last
+        bits = bits_above(base, label_logit)
+        t_bits = bits
+        if LEARNS:
+            _raw, v = load_logit(
+                teacher, column, dtype, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
+            )
+            t_bits = bits_above(t_base, v)
+        grad = _dense(bits, t_bits, factor, slope, t_factor, by_kl_rev, by_teacher)
+        grad += by_constant + by_label
+        store_gradient(logits, column, end, grad, label_raw, SOFTCAP, TEMPERATURE)
+
+
+@triton.jit
+def _dense(bits, t_bits, factor, slope, t_factor, by_kl_rev, by_teacher):
+    """What every column has of the gradient, but for a constant."""
+    exp = tl.exp2(bits)
+    if by_kl_rev is not None:
+        grad = product(exp, factor + slope * (bits - t_bits))
+    else:
+        grad = exp * factor
+    if by_teacher is not None:
+        grad += tl.exp2(t_bits) * t_factor
+    return grad
+
+
+@triton.jit
+def _together(maxima, sumexps):
+    """Of several parts of a row: the maximum, an origin above it, how far the parts' origins
+    are above that one, and the sum of exponentials above it."""
+    maximum = tl.max(maxima, axis=0)
+    base = finite(origin_of(maximum))
+    shifts = origin_of(maxima) - base
+    # Of -inf, which nothing has, no share.
+    return maximum, base, shifts, tl.sum(rescaled(sumexps, tl.exp2(shifts)), axis=0)
+
+
+@triton.jit
+def _gap(gaps, sumexps, shifts, other_shifts):
+    """Of several parts of a row: the sum of exponentials times how far one exponent is above
+    the other, each above its origin."""
+    moved = moved_sum(gaps, shifts - other_shifts, sumexps, tl.exp2(shifts))
+    return tl.sum(moved, axis=0)
+
+
+@triton.jit
+def _sum_word(maximum, sumexp):
+    """Two float32 in a word that is never zero: the sum is zero only beside -inf."""
+    high = maximum.to(tl.int32, bitcast=True).to(tl.int64) << 32
+    low = sumexp.to(tl.int32, bitcast=True).to(tl.int64)
+    return high | (low & 0x7FFFFFFF)  # the sum has no sign, unless it is NaN
+
+
+@triton.jit
+def _gap_word(gap):
+    """A float32 in a word that is never zero."""
+    return (gap.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (1 << 32)
+
+
+@triton.jit
+def _sums(words, num_parts, MOST_PARTS: tl.constexpr):
+    """All parts' maxima and sums of exponentials; of none, -inf and 0."""
+    word = _when_there(words, num_parts, -0x0080_0000 << 32, MOST_PARTS)
+    maxima = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return maxima, word.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _gaps(words, num_parts, MOST_PARTS: tl.constexpr):
+    word = _when_there(words, num_parts, 1 << 32, MOST_PARTS)
+    return word.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _when_there(words, num_parts, NONE: tl.constexpr, MOST_PARTS: tl.constexpr):
+    """All parts' words, of which none is zero."""
+    parts = tl.arange(0, MOST_PARTS)
+    word = tl.load(words + parts, parts < num_parts, other=NONE, volatile=True)
+    while tl.min((word != 0).to(tl.int32), axis=0) == 0:
+        word = tl.load(words + parts, parts < num_parts, other=NONE, volatile=True)
+    return word

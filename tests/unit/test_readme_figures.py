@@ -225,6 +225,33 @@ def test_a_token_takes_as_long_as_the_readme_says_whatever_the_batch():
     assert words in " ".join(README.split())
 
 
+def test_what_mixtures_and_preferences_cost_was_measured():
+    mixtures = {
+        row["implementation"]: row for row in runs("head_loss_mixtures_h200_202611")
+    }
+    several = "cross entropy + z-loss + entropy + accuracy + GRPO: one call"
+    words = (
+        f"take {float(mixtures[several]['ratio']):.2f} times as long as cross entropy"
+    )
+    text = " ".join(README.split())
+    assert words in text
+    teachers = [
+        100 * float(row["overhead"])
+        for name, row in mixtures.items()
+        if row["overhead"] and name.endswith(": one call")
+    ]
+    assert len(teachers) == 6
+    assert f"{min(teachers):.1f} to {max(teachers):.1f} % more than its own" in text
+    preferences = {
+        row["implementation"]: f"{float(row['ratio']):.2f}"
+        for row in runs("head_loss_preferences_h200_202611")
+        if float(row["ignored"]) == 0
+    }
+    ours, ligers = preferences["DPO: one call"], preferences["DPO: Liger"]
+    assert f"takes {ours} times as long" in text
+    assert f"Liger-Kernel's takes {ligers}" in text
+
+
 def test_the_distance_from_the_floor_at_a_small_width_was_measured():
     table = (ROOT / "benchmarks/head_loss_d2048_h200_202611.md").read_text()
     ratios = re.findall(r"^\| chunked, default \|.*?\|.*?\| ([\d.]+) \|", table, re.M)

@@ -109,16 +109,16 @@ def _beside_the_package(path: str) -> str:
 
 
 def _is_switch(flag: str) -> bool:
-    ours = r"--(liger[-_]kernel\.[\w-]+|training\.compile)"
+    ours = r"--(liger[-_]kernel\.[\w-]+|training\.(no[-_])?compile)"
     return re.fullmatch(ours, flag) is not None
 
 
 def _switch(flag: str, value: bool) -> str:
-    """How torchtitan's command line spells a switch that is on, or off."""
-    if value:
-        return flag
-    section, _, key = flag.rpartition(".")
-    return f"{section}.no-{key}"
+    """How torchtitan's command line spells a switch that is on, or off; `flag` may already
+    say "no"."""
+    section, _, name = flag.rpartition(".")
+    key = re.sub("^no[-_]", "", name)
+    return f"{section}.{key}" if value == (key == name) else f"{section}.no-{key}"
 
 
 def value_of(toml: Mapping[str, Any], section: str, key: str) -> Any:

@@ -161,16 +161,9 @@ def _wants_liger(job: JobConfig) -> bool:
     return settings(job).impl in ("auto", "liger")
 
 
-def _liger_not_importable(job: JobConfig, liger: LigerStatus) -> str | None:
-    if not _wants_liger(job) or liger.importable:
-        return None
-    return liger.reason
-
-
-def _liger_no_device(job: JobConfig, liger: LigerStatus) -> str | None:
-    if not _wants_liger(job) or liger.usable:
-        return None
-    return liger.reason
+def _liger_not_usable(job: JobConfig, liger: LigerStatus) -> str | None:
+    """That it cannot be imported, or finds no device."""
+    return liger.reason if _wants_liger(job) and not liger.usable else None
 
 
 def _liger_tensor_parallel(job: JobConfig, _: LigerStatus) -> str | None:
@@ -252,14 +245,14 @@ RULES = (
     Rule(
         "Liger-Kernel missing, too old or broken",
         '`chunked`, with a warning; `fallback = "error"`: ImportError',
-        _liger_not_importable,
+        _liger_not_usable,
         "fall back",
         ImportError,
     ),
     Rule(
         "Liger-Kernel without a GPU",
         '`chunked`; `fallback = "error"`: ImportError',
-        _liger_no_device,
+        _liger_not_usable,
         "fall back",
         ImportError,
     ),

@@ -158,8 +158,7 @@ class LigerHeadLoss:
                 "Liger-Kernel rounds its gradients to float16 before the incoming gradient "
                 'scales them to fit: use impl="chunked"'
             )
-        kept_N, scale, all_labeled = kept_rows(call, check_labels, num_labeled)
-        call = call._replace(scale=scale)
+        kept_N, call, all_labeled = kept_rows(call, check_labels, num_labeled)
         # Where Liger's own reduction is the loss, its gradients need no other factor.
         is_sum = not isinstance(normalizer, torch.Tensor) and normalizer == 1
         hidden_TD = call.hidden_TD

@@ -24,7 +24,7 @@ C, V = 3000, 9003
 @pytest.mark.parametrize("num_parts", [2, 9, 33])
 def test_sure_tokens_keep_their_gradient(monkeypatch, num_parts, gap):
     """What is left beside a label that has most of the sum: 1 - p, to a few roundings."""
-    monkeypatch.setattr(triton_sweeps, "BOTH_COLUMNS", -(-V // num_parts))
+    monkeypatch.setattr(triton_sweeps, "TRIP_COLUMNS", -(-V // num_parts))
     g = torch.Generator("cuda").manual_seed(0)
     z = torch.randn(C, V, generator=g, device="cuda").bfloat16()
     label = torch.randint(V, (C,), generator=g, device="cuda")
@@ -38,7 +38,7 @@ def test_sure_tokens_keep_their_gradient(monkeypatch, num_parts, gap):
 
     sums = unpack(("max", "sumexp", "label_logit"), torch.empty(3, C, device="cuda"))
     ones = torch.ones(C, device="cuda")
-    triton_sweeps.both_sweeps(z, label, Transform(), sums, Partials(logp=-ones))
+    triton_sweeps.one_trip_sweep(z, label, Transform(), sums, Partials(logp=-ones))
     # float32 has 1 - p to 6e-8 of 1, however small it is.
     torch.testing.assert_close(z.double(), exact, rtol=2**-7, atol=2.5e-7)
 
@@ -49,10 +49,12 @@ def test_sure_tokens_keep_their_gradient(monkeypatch, num_parts, gap):
     ids=str,
 )
 @pytest.mark.parametrize("transform", [Transform(), Transform(30.0, 0.7)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 @pytest.mark.parametrize("num_parts", [2, 9, 33])
 def test_a_row_in_parts_is_a_row(monkeypatch, dtype, transform, learned, num_parts):
-    monkeypatch.setattr(triton_sweeps, "BOTH_COLUMNS", -(-V // num_parts))
+    monkeypatch.setattr(triton_sweeps, "TRIP_COLUMNS", -(-V // num_parts))
     g = torch.Generator("cuda").manual_seed(0)
     z, v = (3 * torch.randn(2, C, V, generator=g, device="cuda")).to(dtype)
     for x in (z, v):
@@ -69,14 +71,16 @@ def test_a_row_in_parts_is_a_row(monkeypatch, dtype, transform, learned, num_par
 
     def both(run, wide):
         exact = wide == torch.float64
-        u, t = (z.double(), v.double()) if exact else (z.clone(), v)
+        u, t = (z.to(wide, copy=True), v.double()) if exact else (z.clone(), v)
         sums = unpack(names, torch.empty(len(names), C, dtype=wide, device="cuda"))
         by = dict(zip(("logp", "lse", *learned), drawn.to(wide), strict=True))
         teacher = Logits(t, transform) if "teacher_max" in sums else None
-        run.both_sweeps(u, label, transform, sums, Partials(**by), teacher=teacher)
+        run.one_trip_sweep(u, label, transform, sums, Partials(**by), teacher=teacher)
         return u, sums
 
-    got, sums = both(triton_sweeps, torch.float32)
+    # Words have no room for sums in float64: there a row has one part.
+    wide = torch.promote_types(dtype, torch.float32)
+    got, sums = both(triton_sweeps, wide)
     expected, exact = both(sweeps, torch.float64)
     for name in names:
         # Logits of both signs nearly cancel.
@@ -84,12 +88,12 @@ def test_a_row_in_parts_is_a_row(monkeypatch, dtype, transform, learned, num_par
         torch.testing.assert_close(
             sums[name][finite].double(), exact[name][finite], rtol=1e-5, atol=atol
         )
-    bound = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    bound = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(
         got.double(), expected, rtol=bound, atol=1e-5, equal_nan=True
     )
     for _ in range(5):  # whichever part is first
-        again, same = both(triton_sweeps, torch.float32)
+        again, same = both(triton_sweeps, wide)
         assert torch.equal(again[finite], got[finite])
         assert all(torch.equal(same[n][finite], sums[n][finite]) for n in names)
 

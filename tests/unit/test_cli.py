@@ -30,6 +30,10 @@ ASSETS = "torchtitan_liger/assets/tokenizer"
         (["--training.no-compile"], ["--compile.no-enable"]),
         (["--training.compile", "False"], ["--compile.no-enable"]),
         (["--training.compile=True"], ["--compile.enable"]),
+        (["--training.no-compile", "False"], ["--compile.enable"]),
+        (["--training.no_compile=true"], ["--compile.no-enable"]),
+        ([OFF, "False"], [FLAG]),
+        (["--liger_kernel.no_preflight=true"], ["--liger_kernel.no-preflight"]),
         (["False"], ["False"]),
     ],
 )

@@ -21,7 +21,7 @@ LAYERS = (
     {"head_loss.options", "head_loss.chunking", "head_loss.products"},
     {"head_loss.statistics", "head_loss.reference", "head_loss.triton_blocks"},
     {"head_loss.triton_statistics", "head_loss.triton_gradients"},
-    {"head_loss.triton_both"},
+    {"head_loss.triton_one_trip"},
     {"head_loss.sweeps", "head_loss.vocab_parallel"},
     {"head_loss.triton_sweeps"},
     {"head_loss.calls"},
@@ -60,7 +60,7 @@ OUTSIDE = {
     },
     "triton": {
         "head_loss.triton_blocks",
-        "head_loss.triton_both",
+        "head_loss.triton_one_trip",
         "head_loss.triton_gradients",
         "head_loss.triton_statistics",
     },

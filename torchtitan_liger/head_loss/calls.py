@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ class Call(NamedTuple):
     # label was neither
     scale: torch.Tensor
     products_dtype: torch.dtype  # of hidden @ weight.T
+
+    def nan_if(self, wrong: torch.Tensor) -> Call:
+        """The same, with a scale of NaN if `wrong`, a tensor [] of bool."""
+        return self._replace(scale=self.scale.masked_fill(wrong, torch.nan))
 
 
 def prepare(
@@ -129,17 +134,17 @@ def row_inputs_of(
 
 def kept_rows(
     call: Call, check_labels: bool, num_labeled: int | Sequence[int] | None
-) -> tuple[torch.Tensor | None, torch.Tensor, bool]:
-    """The positions of the tokens that take part, None for all; the call's scale; and
-    whether all that take part are known to have a label.
+) -> tuple[torch.Tensor | None, Call, bool]:
+    """The positions of the tokens that take part, None for all; the call; and whether all
+    that take part are known to have a label.
 
     Nothing waits for a GPU, unless `check_labels` already has.
 
     Args:
         num_labeled: how many there are, or in each of as many rows of equal length, where
-            the caller knows. The scale is NaN if that is wrong.
+            the caller knows. The call's scale is NaN if that is wrong.
     """
-    valid_T, scale = call.valid_T, call.scale
+    valid_T = call.valid_T
     compiling = torch.compiler.is_compiling()
     is_array = not compiling and getattr(num_labeled, "ndim", 0) > 0
     if isinstance(num_labeled, str | torch.Tensor) or is_array:
@@ -148,16 +153,16 @@ def kept_rows(
             f"got {_kind(num_labeled)}"
         )
     if isinstance(num_labeled, Sequence):
-        scale = scale.masked_fill(_counts_are_wrong(valid_T, num_labeled), torch.nan)
+        call = call.nan_if(_counts_are_wrong(valid_T, num_labeled))
         num_labeled = sum(num_labeled)
     num_tokens = valid_T.numel()
     on_host = valid_T.device.type == "cpu" or check_labels
     if num_labeled is None:
         if compiling or not on_host:
-            return None, scale, False
+            return None, call, False
         num_labeled = int(valid_T.sum())
     else:
-        scale = scale.masked_fill(valid_T.sum() != num_labeled, torch.nan)
+        call = call.nan_if(valid_T.sum() != num_labeled)
         no_count = isinstance(num_labeled, float | bool)
         if no_count or not 0 <= num_labeled <= num_tokens:
             raise ValueError(
@@ -165,10 +170,10 @@ def kept_rows(
                 f"{num_labeled}"
             )
     if num_labeled == num_tokens:
-        return None, scale, True
+        return None, call, True
     # A stable sort keeps the order, and its result has a shape that is known here.
     order_T = torch.argsort(valid_T.to(torch.uint8), descending=True, stable=True)
-    return order_T[:num_labeled], scale, True
+    return order_T[:num_labeled], call, True
 
 
 def _counts_are_wrong(valid_T: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -213,7 +218,7 @@ def without_bad(
     """
     if check_labels and not torch.compiler.is_compiling() and bad.any():
         raise ValueError(f"{rule}, got {tensor[bad][0].item()}")
-    return call._replace(scale=call.scale.masked_fill(bad.any(), torch.nan))
+    return call.nan_if(bad.any())
 
 
 def _kind(x: object) -> str:
@@ -304,11 +309,7 @@ def _inverse(
         return torch.where(
             value == 0, 1.0, torch.where(usable, value, torch.nan)
         ).reciprocal()
-    if (
-        normalizer is None
-        or isinstance(normalizer, str)
-        or not 0 <= normalizer < math.inf
-    ):
+    if not isinstance(normalizer, Real) or not 0 <= normalizer < math.inf:
         raise ValueError(
             f"normalizer must be a finite number, at least 0, got {normalizer!r}"
         )

@@ -24,8 +24,7 @@ from torchtitan_liger.head_loss.gradients import (
 )
 from torchtitan_liger.head_loss.passes import Chunk, HeadCall, Passes
 from torchtitan_liger.head_loss.statistics import (
-    AT_ONCE,
-    Coefficients,
+    IN_ONE_TRIP,
     Partials,
     Statistics,
     Sums,
@@ -67,10 +66,12 @@ class ChunkedHeadLoss(torch.autograd.Function):
         )
         d_token_weights_N = result.by_token_N if need_d_token_weights else None
         if ctx.later:
-            ctx.call, ctx.sums, ctx.partials = call, result.sums, result.partials
-            # What the logits are computed from once more may not change until then.
-            again = hidden_TD, weight_vD, *call.read_again()
-            ctx.save_for_backward(d_token_weights_N, *again)
+            ctx.sums, ctx.partials = result.sums, result.partials
+            # What the logits are computed from once more may not change until then; it is
+            # autograd's alone to keep and to free.
+            again = call.read_again()
+            ctx.call = call.reading([x.new_empty(0) for x in again])
+            ctx.save_for_backward(d_token_weights_N, hidden_TD, weight_vD, *again)
         else:
             ctx.dtypes = hidden_TD.dtype, weight_vD.dtype
             ctx.save_for_backward(
@@ -167,15 +168,21 @@ def run(
         # The scale belongs to the gradients before they are rounded.
         weight_N = call.scale * token_weight_N
         parts = []
-        if with_grad and _at_once(call):
+        if with_grad and _in_one_trip(call):
             for tokens in call.chunks():
                 constants = _partials(passes, None, tokens, weight_N)
-                parts.append(passes.gradients_at_once(passes.logits(tokens), constants))
+                parts.append(
+                    passes.gradients_in_one_trip(passes.logits(tokens), constants)
+                )
         else:
+            constant = _slopes_are_constant(call)
+            in_one_phase = with_grad and not call.two_phase
             for chunk, part in _one_by_one(passes):
                 parts.append(part)
-                if with_grad and not call.two_phase:
-                    coefficients = _coefficients(passes, part, chunk.tokens, weight_N)
+                if in_one_phase:
+                    statistics = None if constant else passes.statistics(part)
+                    of_loss = _partials(passes, statistics, chunk.tokens, weight_N)
+                    coefficients = passes.coefficients(of_loss, part, statistics)
                     passes.gradients(chunk, coefficients)
         sums = _together(parts)
         # What is only reported comes last, for all tokens at once.
@@ -230,25 +237,15 @@ def _slopes_are_constant(call: HeadCall) -> bool:
     return all(slopes_of(term) is not None for term in call.terms if term.weight)
 
 
-def _at_once(call: HeadCall) -> bool:
+def _in_one_trip(call: HeadCall) -> bool:
     """Whether a row's gradient needs nothing but the row: no other ranks' columns, no
     other tokens, and no statistic that is known only when the row has been read."""
     return (
         call.shard is None
         and not call.two_phase
-        and call.needs <= AT_ONCE
+        and call.needs <= IN_ONE_TRIP
         and _slopes_are_constant(call)
     )
-
-
-def _coefficients(
-    passes: Passes, sums: Sums, tokens: slice, weight_N: torch.Tensor
-) -> Coefficients:
-    """Of the gradient of these tokens, whose sums these are."""
-    constant = _slopes_are_constant(passes.call)
-    statistics = None if constant else passes.statistics(sums)
-    partials = _partials(passes, statistics, tokens, weight_N)
-    return passes.coefficients(partials, sums, statistics)
 
 
 def _partials(

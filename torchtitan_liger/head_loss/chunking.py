@@ -27,10 +27,11 @@ class ChunkPlan:
     logits_bytes: int  # the most that logits and what they turn into take at one time
     full_logits_bytes: int  # what those of all tokens would take
     most_tokens: int = 0  # that a chunk may have within the budget; 0 if nobody knows
+    most_bytes: int = 0  # of fewer tokens, which may be in one larger chunk
 
     def __str__(self) -> str:
         return (
-            f"at most {_human(self.logits_bytes)} for logits "
+            f"at most {_human(max(self.logits_bytes, self.most_bytes))} for logits "
             f"({self.num_chunks} x {self.tokens_per_chunk} tokens) "
             f"where all logits would take {_human(self.full_logits_bytes)}"
         )
@@ -75,7 +76,8 @@ def plan_chunks(
     rows = _cdiv(num_tokens, max(1, _cdiv(num_tokens, most)))
     rows = max(1, min(_cdiv(rows, tile) * tile, num_tokens))
     plan = make_plan(num_tokens, rows, vocab_size, bytes_per_logit, num_buffers)
-    return replace(plan, most_tokens=budget // max(1, row_bytes))
+    most = budget // max(1, row_bytes)
+    return replace(plan, most_tokens=most, most_bytes=min(most, num_tokens) * row_bytes)
 
 
 def make_plan(

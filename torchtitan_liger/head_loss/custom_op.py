@@ -241,14 +241,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.save_for_backward(by_token_N, d_hidden_TD, d_weight_vD)
 
 
-def _backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
-    rows = [None] * ctx.num_rows
-    return *_gradients(ctx, grad_loss), None, None, None, rows, *[None] * 7
-
-
 @without_second_derivative
-def _gradients(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Of the hidden states, the weight and the token weights."""
+def _backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
     by_token_N, d_hidden_TD, d_weight_vD = ctx.saved_tensors
     need_d_hidden, need_d_weight, need_d_token_weights, *_ = ctx.needs_input_grad
     factor = grad_loss.reshape(1)
@@ -257,7 +251,8 @@ def _gradients(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, 
     d_token_weights = None
     if need_d_token_weights:
         d_token_weights = (by_token_N * grad_loss).to(ctx.token_weights_dtype)
-    return d_hidden, d_weight, d_token_weights
+    rows = [None] * ctx.num_rows
+    return d_hidden, d_weight, d_token_weights, None, None, None, rows, *[None] * 7
 
 
 _head_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -20,7 +20,8 @@ DistillationKind = Literal["forward_kl", "reverse_kl", "jsd", "soft_cross_entrop
 class Teacher:
     """The other model: its logits, or its hidden states and the weight of its head.
 
-    It gets no gradient. Its logits are those of its head, then the softcap, then divided
+    On the labels' device, in float64, float32, float16 or bfloat16, which may be another
+    dtype than the student's. It gets no gradient. Its logits are those of its head, then the softcap, then divided
     by the temperature.
     """
 
@@ -38,6 +39,12 @@ class Teacher:
         neither = self.hidden is None and self.weight is None
         if not (both if self.logits is None else neither):
             raise ValueError("a teacher has either logits, or hidden and weight")
+        for name in ("logits", "hidden", "weight"):
+            given = getattr(self, name)
+            if not (given is None or isinstance(given, torch.Tensor)):
+                raise ValueError(
+                    f"the teacher's {name} must be a tensor, got {type(given)}"
+                )
         if not (is_finite_number(self.temperature) and self.temperature > 0):
             raise ValueError(
                 "the teacher's temperature must be a positive int or float, got "

@@ -87,6 +87,8 @@ class HeadLoss:
         """
         Args:
             terms: what is summed up.
+            options: None for the defaults.
+            impl: "chunked", or "reference" for full logits.
 
         Raises:
             ValueError: for terms that contradict each other, options or `impl`.
@@ -224,14 +226,13 @@ class HeadLoss:
                 raise ValueError(f"teacher must be a Teacher, got {type(teacher)}")
             teacher = teacher.flat(labels, weight.shape[0])
 
-        kept_N, scale, all_labeled = kept_rows(call, check_labels, num_labeled)
+        kept_N, call, all_labeled = kept_rows(call, check_labels, num_labeled)
         if self.impl == "reference":
             if shard is not None:
                 raise ValueError(
                     'impl="reference" needs the whole vocabulary on each rank; '
                     'use impl="chunked" for a sharded head'
                 )
-            call = call._replace(scale=scale)
             return self._reference(call, weight, token_weights, labels.shape, reduction)
 
         labels_N, valid_N = call.labels_T, call.valid_T
@@ -258,7 +259,7 @@ class HeadLoss:
             all_labeled=all_labeled,
             teacher=teacher,
             sequences=sequences,
-            scale=scale,
+            scale=call.scale,
             products_dtype=call.products_dtype,
             tokens_per_chunk=plan.tokens_per_chunk,
             shard=shard,
@@ -272,8 +273,8 @@ class HeadLoss:
             losses_T = losses_N
             if kept_N is not None:
                 # NaN if there are other labels than the caller has counted.
-                zeros_T = torch.zeros_like(call.labels_T, dtype=scale.dtype) * scale
-                losses_T = zeros_T.index_copy(0, kept_N, losses_N)
+                zeros_T = torch.zeros_like(call.labels_T, dtype=call.scale.dtype)
+                losses_T = (zeros_T * call.scale).index_copy(0, kept_N, losses_N)
             return HeadLossOutput(losses_T.view(labels.shape), {}, {})
         if torch.compiler.is_compiling() and custom_op.fits(head_call):
             loss, by_term, metrics = custom_op.apply(
@@ -287,7 +288,7 @@ class HeadLoss:
         return HeadLossOutput(
             loss,
             dict(zip(names, by_term.unbind(), strict=True)),
-            self._recipe.metrics.named(metrics, scale),
+            self._recipe.metrics.named(metrics, call.scale),
         )
 
     def _schedule(
@@ -358,7 +359,9 @@ class HeadLoss:
 
         Args:
             dim: no matter here, but to `LigerHeadLoss.plan`.
+            num_columns: of the rank with most of the vocabulary.
             dtype: of the products.
+            device_type: "cpu" or "cuda": their defaults differ.
             sharded: whether there are columns on other ranks.
             teacher_dtype: of a teacher's logits; None for `dtype`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -34,7 +35,7 @@ def linear_cross_entropy(
     logits_memory_mib: int = 0,
     tp_group: dist.ProcessGroup | None = None,
     check_labels: bool = True,
-    num_labeled: int | None = None,
+    num_labeled: int | Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Cross entropy of `hidden @ weight.T` against `labels`, without the logits:
 

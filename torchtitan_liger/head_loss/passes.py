@@ -248,11 +248,11 @@ class Passes:
         )
         return exchange(self._names, packed_kC, self.call.shard)
 
-    def gradients_at_once(self, chunk: Chunk, partials: Partials) -> Sums:
+    def gradients_in_one_trip(self, chunk: Chunk, partials: Partials) -> Sums:
         """All that `start`, `finish` and `gradients` do, in one trip through the logits: for
-        constant partials by statistics in `AT_ONCE`, without columns on other ranks."""
+        constant partials by statistics in `IN_ONE_TRIP`, without columns on other ranks."""
         sums = unpack(self._names, self._empty_sums(chunk))
-        self._sweeps.both_sweeps(
+        self._sweeps.one_trip_sweep(
             chunk.logits_Cv,
             self._column_N[chunk.tokens],
             self._transform,

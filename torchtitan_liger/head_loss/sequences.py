@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -139,7 +140,8 @@ def sequences_of(
         return call, Sequences(ids_T, count, call.valid_T, starts)
     ids_T = per_token("sequence_ids", sequence_ids, labels)
     check_integers("sequence_ids", ids_T)
-    if isinstance(num_sequences, float | bool | str) or num_sequences < 1:
+    is_integer = isinstance(num_sequences, Integral) and type(num_sequences) is not bool
+    if not is_integer or num_sequences < 1:
         raise ValueError(
             f"num_sequences must be a whole number, at least 1, got {num_sequences}"
         )

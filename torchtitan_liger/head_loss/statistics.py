@@ -39,7 +39,7 @@ OPTIONAL = frozenset(Statistics._field_defaults)
 OF_TEACHER = frozenset({"kl_fwd", "kl_rev", "jsd", "teacher_entropy"})
 WITHOUT_GRADIENT = frozenset({"max_logp", "teacher_entropy"})
 # Of a loss that is linear in these, a row's gradient needs nothing but the row.
-AT_ONCE = frozenset({"logp", "lse", "uniform_ce", "kl_fwd", "kl_rev"})
+IN_ONE_TRIP = frozenset({"logp", "lse", "uniform_ce", "kl_fwd", "kl_rev"})
 
 
 Sums = dict[str, torch.Tensor]
@@ -144,7 +144,7 @@ def combine(names: Sequence[str], gathered_RkC: torch.Tensor) -> Sums:
 
 
 def statistics_of(
-    sums: Sums, needs: Collection[str], vocab_size: int, jsd_beta: float
+    sums: Sums, needs: Collection[str], vocab_size: int, jsd_beta: float = 0.5
 ) -> Statistics:
     """What the terms ask for, from sums over all columns."""
     log_sumexp_C = sums["sumexp"].log()
@@ -248,7 +248,7 @@ def coefficients_of(
     values: Statistics | None,
     sums: Sums,
     vocab_size: int,
-    jsd_beta: float,
+    jsd_beta: float = 0.5,
 ) -> Coefficients:
     """The gradient by logits from the partials of the loss by statistic.
 

@@ -1,7 +1,7 @@
 """The passes over a chunk's logits in plain torch, on any device.
 
 `statistics_sweep` reads the logits and leaves a few sums per row; `gradient_sweep` turns
-them, in place, into the gradient of the loss by the logits; `both_sweeps` does both where
+them, in place, into the gradient of the loss by the logits; `one_trip_sweep` does both where
 nothing comes between, and a JSD has `mixture_sweep` there. All see only this rank's
 columns, and go through blocks of rows that fit into a processor's cache, so that a chain
 of elementwise operations costs one trip to memory.
@@ -157,7 +157,7 @@ def gradient_sweep(
         _finish(grad, column_C[rows], by.part(rows), capped, transform, logits_Cv[rows])
 
 
-def both_sweeps(
+def one_trip_sweep(
     logits_Cv: torch.Tensor,
     column_C: torch.Tensor,
     transform: Transform,
@@ -170,7 +170,7 @@ def both_sweeps(
     without a teacher with one exponential of each logit.
 
     Args:
-        partials: by statistics in `AT_ONCE` alone.
+        partials: by statistics in `IN_ONE_TRIP` alone.
     """
     vocab_size = logits_Cv.shape[1]
     for rows in _blocks(logits_Cv):
@@ -181,11 +181,11 @@ def both_sweeps(
             other = teacher._replace(logits_Cv=teacher.logits_Cv[rows])
             statistics_sweep(block, column, transform, part, teacher=other)
             needs = {"kl_rev"} if of_loss.need_values else set()
-            values = statistics_of(part, needs, vocab_size, jsd_beta=0.5)
-            by = coefficients_of(of_loss, values, part, vocab_size, jsd_beta=0.5)
+            values = statistics_of(part, needs, vocab_size)
+            by = coefficients_of(of_loss, values, part, vocab_size)
             gradient_sweep(block, column, transform, by, teacher=other)
             continue
-        by = coefficients_of(of_loss, None, part, vocab_size, jsd_beta=0.5)
+        by = coefficients_of(of_loss, None, part, vocab_size)
         z, capped = _transformed(logits_Cv[rows], transform, part["max"].dtype)
         _sums_of_logits(z, column, part)
         # `z` may be the logits themselves, which are not needed any more.

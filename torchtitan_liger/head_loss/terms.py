@@ -355,7 +355,7 @@ def check_terms(terms: Sequence[Term]) -> None:
             )
         if not isinstance(term.weight, Real) or not math.isfinite(term.weight):
             raise ValueError(
-                f"the weight of {term.name} must be a finite number, got {term.weight}"
+                f"the weight of {term.name} must be a finite number, got {term.weight!r}"
             )
         if "logp_k" in term.needs and "candidates" not in term.inputs:
             raise ValueError(

@@ -163,10 +163,10 @@ def rescaled(sumexp, factor):
 
 
 @triton.jit
-def moved_sum(total, by, times, rescale):
-    """sum w_j (x_j - old origin) -> sum w_j (x_j - new origin), `by` bits lower, of several
+def moved_sum(total, bits, times, rescale):
+    """sum w_j (x_j - old origin) -> sum w_j (x_j - new origin), `bits` lower, of several
     parts whose weights add up to `times` and are rescaled."""
-    moved = total + times * tl.where(times > 0, by, 0.0)
+    moved = total + times * tl.where(times > 0, bits, 0.0)
     # What is too small to count has no share, and were it infinite.
     return tl.where(rescale == 0, 0.0, rescale * moved)
 

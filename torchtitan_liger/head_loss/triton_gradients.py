@@ -31,16 +31,16 @@ def gradient_kernel(
     teacher_stride,
     maxima,
     sumexps,
-    softmax,
-    label,
-    log_softmax,
-    square,
-    constant,
+    by_softmax,
+    by_label,
+    by_log_softmax,
+    by_square,
+    by_constant,
     teacher_maxima,
     teacher_sumexps,
     by_teacher,
-    log_teacher,
-    mixture,
+    by_log_teacher,
+    by_mixture,
     by_candidates,
     groups,
     NUM_CANDIDATES: tl.constexpr,
@@ -64,10 +64,10 @@ def gradient_kernel(
     _, to_max = bits_to(origin, maximum)
     sumexp = tl.load(sumexps + row)
     inverse = to_max / sumexp
-    by_softmax = tl.load(softmax + row)
-    by_log_softmax = load_optional(log_softmax, row)
-    by_square = load_optional(square, row)
-    by_constant = load_optional(constant, row)
+    c_softmax = tl.load(by_softmax + row)
+    c_log_softmax = load_optional(by_log_softmax, row)
+    c_square = load_optional(by_square, row)
+    c_constant = load_optional(by_constant, row)
     if teacher_maxima is not None:
         teacher += row * teacher_stride
         t_maximum = finite(tl.load(teacher_maxima + row))
@@ -75,11 +75,11 @@ def gradient_kernel(
         _, to_max = bits_to(t_origin, t_maximum)
         t_sumexp = tl.load(teacher_sumexps + row)
         t_inverse = to_max / t_sumexp
-    by_t_softmax = load_optional(by_teacher, row)
-    by_log_teacher = load_optional(log_teacher, row)
-    by_mixture = load_optional(mixture, row) * LN_2
+    c_teacher = load_optional(by_teacher, row)
+    c_log_teacher = load_optional(by_log_teacher, row)
+    c_mixture = load_optional(by_mixture, row) * LN_2
     label_column = tl.load(label_columns + row)
-    by_label = tl.load(label + row)
+    c_label = tl.load(by_label + row)
 
     start = program % groups * (BLOCK * BLOCKS)
     for first in range(start, tl.minimum(start + BLOCK * BLOCKS, num_columns), BLOCK):
@@ -87,11 +87,11 @@ def gradient_kernel(
         raw = load_raw(logits, columns, num_columns)
         z = to_logits(raw, dtype, columns, num_columns, SOFTCAP, TEMPERATURE)
         p = tl.exp2(bits_above(origin, z)) * inverse
-        factor = by_softmax
-        if log_softmax is not None:
-            factor += by_log_softmax * ((z - maximum) - tl.log(sumexp))
-        if square is not None:
-            factor += by_square * p
+        factor = c_softmax
+        if by_log_softmax is not None:
+            factor += c_log_softmax * ((z - maximum) - tl.log(sumexp))
+        if by_square is not None:
+            factor += c_square * p
         if teacher_maxima is not None:
             v = load_logits(
                 teacher,
@@ -103,30 +103,30 @@ def gradient_kernel(
             )
             q = tl.exp2(bits_above(t_origin, v)) * t_inverse
             log_q = (v - t_maximum) - tl.log(t_sumexp)
-            if log_teacher is not None:
-                factor += by_log_teacher * log_q
-            if mixture is not None:
+            if by_log_teacher is not None:
+                factor += c_log_teacher * log_q
+            if by_mixture is not None:
                 _p, _q, m_by_p, _q_by_m = to_mixture(
                     log2_of(z, maximum, sumexp),
                     log2_of(v, t_maximum, t_sumexp),
                     BETA,
                     FAST,
                 )
-                factor += by_mixture * m_by_p
+                factor += c_mixture * m_by_p
         grad = product(p, factor)
         if by_teacher is not None:
-            grad += by_t_softmax * q
-        if constant is not None:
-            grad += by_constant
+            grad += c_teacher * q
+        if by_constant is not None:
+            grad += c_constant
         # Before any rounding: for a confident token this nearly cancels the softmax's share.
         # Few blocks have the column: the others should not look at each of theirs.
         if (label_column >= first) & (label_column < first + BLOCK):
-            grad += tl.where(columns == label_column, by_label, 0.0)
+            grad += tl.where(columns == label_column, c_label, 0.0)
         for k in tl.static_range(NUM_CANDIDATES):
             column = tl.load(candidates + row * NUM_CANDIDATES + k)
             if (column >= first) & (column < first + BLOCK):
-                by_candidate = tl.load(by_candidates + row * NUM_CANDIDATES + k)
-                grad += tl.where(columns == column, by_candidate, 0.0)
+                c_candidate = tl.load(by_candidates + row * NUM_CANDIDATES + k)
+                grad += tl.where(columns == column, c_candidate, 0.0)
         store_gradient(logits, columns, num_columns, grad, raw, SOFTCAP, TEMPERATURE)
 
 

@@ -104,9 +104,10 @@ def statistics_kernel(
 
     total_max = tl.max(maximum, axis=0)
     shift, to_highest, to_max = _to_maximum(origin, total_max)
+    # NaN, 0 * inf, where an origin has no digits behind the point. The sum of exponentials
+    # may not be: it takes one factor after the other.
     share = to_highest * to_max
     tl.store(sums + AT_max * num_rows, total_max)
-    # Of an origin without digits behind the point, this is NaN: 0 * inf.
     total = tl.sum(rescaled(sumexp, to_highest), axis=0) * to_max
     total = at_least_one(total, total_max)
     tl.store(sums + AT_sumexp * num_rows, total)

@@ -1,7 +1,7 @@
 """The passes of `sweeps.py` as Triton kernels, for GPUs.
 
-`C` tokens of a chunk, `K` candidates of each, `P` parts of a row that programs share, `v`
-this rank's columns of the vocabulary.
+`C` tokens of a chunk, `K` candidates of each, `P` parts of a row that programs share, `W`
+words that each leaves to the others, `v` this rank's columns of the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torchtitan_liger.head_loss.statistics import (
     coefficients_of,
 )
 from torchtitan_liger.head_loss.sweeps import Logits, Transform
-from torchtitan_liger.head_loss.triton_both import both_kernel
 from torchtitan_liger.head_loss.triton_gradients import gradient_kernel, scale_kernel
+from torchtitan_liger.head_loss.triton_one_trip import one_trip_kernel
 from torchtitan_liger.head_loss.triton_statistics import (
     mixture_kernel,
     statistics_kernel,
@@ -33,8 +33,8 @@ from torchtitan_liger.head_loss.triton_statistics import (
 STATISTICS_BLOCK, STATISTICS_UNROLL, STATISTICS_WARPS = 1024, 2, 4  # 292 (534, 615) us
 GRADIENT_BLOCK, GRADIENT_BLOCKS, GRADIENT_WARPS = 1024, 8, 4  # 514 (776, 738) us
 MIXTURE_BLOCK, MIXTURE_WARPS = 2048, 8  # 630 us
-BOTH_COLUMNS, BOTH_BLOCK, BOTH_UNROLL, BOTH_GRADIENT_BLOCK = 6144, 512, 4, 2048
-BOTH_WARPS = 2  # 16 parts share a multiprocessor, and its cache; 575 us (1,110 with KL)
+TRIP_COLUMNS, TRIP_BLOCK, TRIP_UNROLL, TRIP_GRADIENT_BLOCK = 6144, 512, 4, 2048
+TRIP_WARPS = 2  # 16 parts share a multiprocessor, and its cache; 575 us (1,110 with KL)
 SCALE_BLOCK, SCALE_BLOCKS = 2048, 16
 
 
@@ -68,7 +68,7 @@ def statistics_sweep(
     )
 
 
-def both_sweeps(
+def one_trip_sweep(
     logits_Cv: torch.Tensor,
     column_C: torch.Tensor,
     transform: Transform,
@@ -77,7 +77,7 @@ def both_sweeps(
     *,
     teacher: Logits | None = None,
 ) -> None:
-    """As `sweeps.both_sweeps`; needs `sums` to be rows of one tensor [k, C]."""
+    """As `sweeps.one_trip_sweep`; needs `sums` to be rows of one tensor [k, C]."""
     num_rows, num_columns = logits_Cv.shape
     if num_rows == 0:
         return
@@ -90,13 +90,13 @@ def both_sweeps(
         logit_sums_PC = sums["max"].new_empty(num_parts, num_rows)
     # The kernel itself knows the divergence that is in the coefficients of a reverse one.
     others = partials._replace(kl_rev=None)
-    by = coefficients_of(others, None, sums, num_columns, jsd_beta=0.5)
+    by = coefficients_of(others, None, sums, num_columns)
     by_rows = by.softmax, by.label, by.constant, by.teacher, partials.kl_rev
-    unroll, gradient_block = BOTH_UNROLL, BOTH_GRADIENT_BLOCK
+    unroll, gradient_block = TRIP_UNROLL, TRIP_GRADIENT_BLOCK
     if teacher is not None:  # as many registers for both
         unroll, gradient_block = unroll // 2, gradient_block // 2
     names = "max", "sumexp", "label_logit", "teacher_max", "teacher_sumexp"
-    both_kernel[(num_rows * num_parts,)](
+    one_trip_kernel[(num_rows * num_parts,)](
         logits_Cv,
         logits_Cv.stride(0),
         num_columns,
@@ -112,21 +112,22 @@ def both_sweeps(
         MOST_PARTS=1 << (num_parts - 1).bit_length(),
         **_places(sums, (*names, "student_gap", "teacher_gap")),
         **_transforms(transform, teacher),
-        **_tile(BOTH_BLOCK, unroll, logits_Cv),
+        **_tile(TRIP_BLOCK, unroll, logits_Cv),
         GRADIENT_BLOCK=_block(gradient_block, num_columns),
-        num_warps=BOTH_WARPS,
+        num_warps=TRIP_WARPS,
     )
     if logit_sums_PC is not None:
         torch.sum(logit_sums_PC, dim=0, out=sums["logit_sum"])
 
 
 def _part_columns(logits_Cv: torch.Tensor, sums_dtype: torch.dtype) -> int:
-    """How many columns of a row `both_kernel` gives to a program."""
+    """How many columns of a row `one_trip_kernel` gives to a program."""
     num_columns = logits_Cv.shape[1]
-    # Parts leave each other words of two float32, and wait: side by side, on a GPU.
+    # Parts wait for each other's words: they have to run at the same time, which they do
+    # not in Triton's interpreter. A word has room for two float32.
     if not logits_Cv.is_cuda or sums_dtype != torch.float32:
         return num_columns
-    num_parts = -(-num_columns // BOTH_COLUMNS)
+    num_parts = -(-num_columns // TRIP_COLUMNS)
     # Equal parts, but for where loads are aligned.
     return -(-num_columns // (num_parts * 64)) * 64
 

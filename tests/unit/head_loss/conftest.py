@@ -32,7 +32,12 @@ def sweeps(request, monkeypatch):
 
             return run
 
-        names = ["statistics_sweep", "mixture_sweep", "gradient_sweep", "both_sweeps"]
+        names = [
+            "statistics_sweep",
+            "mixture_sweep",
+            "gradient_sweep",
+            "one_trip_sweep",
+        ]
         locked_sweeps = {name: locked(getattr(triton_sweeps, name)) for name in names}
         module = SimpleNamespace(**locked_sweeps)
         monkeypatch.setattr(passes, "sweeps_for", lambda _: module)

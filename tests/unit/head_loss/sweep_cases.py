@@ -10,7 +10,7 @@ from torchtitan_liger.head_loss.sweeps import Logits, Transform
 C, V, K = 9, 5003, 3  # more columns than one block of the kernels has
 PLAIN = Transform()
 NOTHING = torch.full((C,), -1), torch.full((C, K), -1)  # of what is on another rank
-AT_ONCE = ("max", "sumexp", "label_logit")
+PLAIN_SUMS = ("max", "sumexp", "label_logit")
 
 
 def draw(dtype=torch.float64):
@@ -38,10 +38,10 @@ def sums_of(impl, logits, teacher, label, candidates, transform=PLAIN):
     return sums
 
 
-def sums_at_once(impl, logits, label):
-    """By `both_sweeps`, which leaves a gradient of zero: `logits` are gone."""
+def sums_in_one_trip(impl, logits, label):
+    """By `one_trip_sweep`, which leaves a gradient of zero: `logits` are gone."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    sums = unpack(AT_ONCE, torch.empty(len(AT_ONCE), len(logits), dtype=wide))
+    sums = unpack(PLAIN_SUMS, torch.empty(len(PLAIN_SUMS), len(logits), dtype=wide))
     zeros = torch.zeros_like(sums["max"])
-    impl.both_sweeps(logits, label, PLAIN, sums, Partials(logp=zeros))
+    impl.one_trip_sweep(logits, label, PLAIN, sums, Partials(logp=zeros))
     return sums

@@ -21,6 +21,15 @@ def test_logits_stay_within_the_budget_and_every_token_is_in_a_chunk(shape, budg
     assert plan.full_logits_bytes == num_tokens * vocab_size * 6
 
 
+def test_fewer_tokens_take_no_more_than_the_plan_says_at_most():
+    """They may be in fewer and larger chunks."""
+    sizes = {"bytes_per_logit": 4, "budget": 1000 * 4 * 16}
+    most = plan_chunks(30, 1000, **sizes).most_bytes
+    fewer = [plan_chunks(n, 1000, **sizes).logits_bytes for n in range(1, 31)]
+    assert max(fewer) == most > fewer[-1]
+    assert "at most 0.1 MiB" in str(plan_chunks(30, 1000, **sizes))
+
+
 def test_two_buffers_share_the_budget():
     plan = plan_chunks(16384, 32768, bytes_per_logit=2, budget=256 * MIB, num_buffers=2)
     assert (plan.tokens_per_chunk, plan.num_chunks) == (2048, 8)
@@ -49,6 +58,6 @@ def test_zero_is_the_default_of_the_device_and_a_number_is_itself():
 def test_the_plan_reads_as_a_sentence():
     plan = plan_chunks(16384, 128256, bytes_per_logit=2, budget=1024 * MIB)
     assert str(plan) == (
-        "at most 1002.0 MiB for logits (4 x 4096 tokens) where all logits would take "
+        "at most 1023.8 MiB for logits (4 x 4096 tokens) where all logits would take "
         "3.91 GiB"
     )

@@ -12,7 +12,7 @@ from torchtitan_liger.head_loss import HeadLoss, PolicyGradient, engine
 @pytest.fixture
 def nothing_dropped(monkeypatch):
     def drop_nothing(call, *_):
-        return None, call.scale, False
+        return None, call, False
 
     return lambda: monkeypatch.setattr(engine, "kept_rows", drop_nothing)
 

@@ -42,7 +42,7 @@ COEFFICIENTS = [
     {"mixture"},
     set(Coefficients._fields),
 ]
-AT_ONCE = [set(), {"uniform_ce"}, {"kl_fwd"}, {"kl_rev"}, {"kl_fwd", "kl_rev"}]
+IN_ONE_TRIP = [set(), {"uniform_ce"}, {"kl_fwd"}, {"kl_rev"}, {"kl_fwd", "kl_rev"}]
 
 
 def test_every_kernel_compiles():
@@ -140,14 +140,14 @@ def compile_all() -> None:
                 teacher=teacher,
                 jsd_beta=0.3,
             )
-        for needs, part_columns in itertools.product(AT_ONCE, (V, 1024)):
+        for needs, part_columns in itertools.product(IN_ONE_TRIP, (V, 1024)):
             if dtype == torch.float64 and part_columns < V:
                 continue  # a word has room for two float32
             triton_sweeps._part_columns = lambda *_, n=part_columns: n
             some = {name: sums[name] for name in sums_for(needs)}
             with_teacher = teacher if "teacher_max" in some else None
             for partials in Partials(row), Partials(row, **dict.fromkeys(needs, row)):
-                triton_sweeps.both_sweeps(
+                triton_sweeps.one_trip_sweep(
                     logits, label, transform, some, partials, teacher=with_teacher
                 )
     for source, target in itertools.product((torch.float32, torch.bfloat16), repeat=2):

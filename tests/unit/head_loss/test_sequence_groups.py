@@ -34,6 +34,10 @@ from torchtitan_liger.head_loss import (
             "whole number",
         ),
         (
+            {"sequence_ids": torch.zeros(27).long(), "num_sequences": [3]},
+            "must be a whole number",
+        ),
+        (
             {"sequence_ids": torch.zeros(27).long(), "num_sequences": "3"},
             "whole number, at least 1, got 3",
         ),
@@ -130,7 +134,7 @@ def test_an_ignored_token_may_belong_to_no_sequence(monkeypatch):
 
     truth = run_with(ids)
     # As on a GPU, where nobody has counted the labels.
-    monkeypatch.setattr(engine, "kept_rows", lambda call, *_: (None, call.scale, False))
+    monkeypatch.setattr(engine, "kept_rows", lambda call, *_: (None, call, False))
     ours = run_with(ids.masked_fill(problem.labels == -100, -1))
     assert max(ours.errors(truth).values()) < 1e-12
 

@@ -140,8 +140,8 @@ def test_the_gradient_is_its_formula(impl, everything, transform):
 @pytest.mark.parametrize("smoothed", [True, False])
 @pytest.mark.parametrize("transform", [PLAIN, Transform(2.0, 0.7)], ids=str)
 @pytest.mark.parametrize("num_columns", [1, 40, V])
-def test_both_sweeps_at_once_are_one_after_the_other(
-    impl, transform, smoothed, of_teacher, num_columns
+def test_one_trip_is_one_sweep_after_the_other(
+    impl, transform, smoothed, of_teacher, num_columns, monkeypatch
 ):
     g = torch.Generator().manual_seed(0)
     z, v = 3 * torch.randn(2, C, num_columns, generator=g, dtype=torch.float64)
@@ -159,11 +159,13 @@ def test_both_sweeps_at_once_are_one_after_the_other(
     names = sums_for({n for n in learned if n not in ("logp", "lse")})
     teacher = Logits(v, Transform(3.0, 1.3)) if of_teacher else None
     results = []
-    for at_once in (True, False):
+    for in_one_trip in (True, False):
         u, sums = z.clone(), unpack(names, torch.empty(len(names), C).double())
-        if at_once:
-            impl.both_sweeps(u, label, transform, sums, partials, teacher=teacher)
+        if in_one_trip:
+            monkeypatch.setattr(sweeps, "CPU_BLOCK_ELEMENTS", 2 * num_columns)
+            impl.one_trip_sweep(u, label, transform, sums, partials, teacher=teacher)
         else:
+            monkeypatch.undo()
             sweeps.statistics_sweep(u, label, transform, sums, teacher=teacher)
             values = statistics_of(sums, of_teacher, num_columns, 0.5)
             by = coefficients_of(partials, values, sums, num_columns, 0.5)

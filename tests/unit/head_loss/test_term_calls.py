@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.helpers import Problem
 from torchtitan_liger.head_loss import (
@@ -22,6 +23,7 @@ from torchtitan_liger.head_loss import (
     ZLoss,
     linear_cross_entropy,
 )
+from torchtitan_liger.head_loss.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def test_terms_and_metrics_are_what_full_logits_give():
     z = (problem.hidden @ problem.weight.T)[problem.labels != -100]
     y = problem.labels[problem.labels != -100]
     head = HeadLoss([CrossEntropy(), EntropyBonus(0.0)])
-    out = head(problem.hidden, problem.weight, problem.labels, normalizer=len(y))
+    hidden = problem.hidden.clone().requires_grad_()
+    out = head(hidden, problem.weight, problem.labels, normalizer=len(y))
     entropy = torch.distributions.Categorical(logits=z).entropy().mean()
     expected = {
         "nll": F.cross_entropy(z, y),
@@ -305,6 +308,54 @@ def test_losses_per_token_read_each_input_again_as_itself():
     truth = problem.run(lambda *args: head(*args, **rows).loss)
     ours = problem.run(lambda *args: head(*args, reduction="none", **rows).loss.sum())
     assert max(ours.errors(truth).values()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("none", torch.float32), ("sum", torch.float16)]
+)
+def test_a_backward_pass_frees_what_the_logits_were_computed_from(kind, dtype):
+    problem = Problem(T=37, D=16, V=101)
+    hidden, weight = (
+        x.to(dtype).requires_grad_() for x in (problem.hidden, problem.weight)
+    )
+    teacher = Teacher(logits=torch.randn(37, 101))
+    memory = StorageWeakRef(teacher.logits.untyped_storage())
+    head = HeadLoss([Distillation()])
+    out = head(hidden, weight, problem.labels, teacher=teacher, reduction=kind)
+    del teacher
+    assert not memory.expired()
+    out.loss.sum().backward()
+    assert memory.expired()
+
+
+@pytest.mark.parametrize(
+    ("terms", "trips"),
+    [
+        ([CrossEntropy()], 1),
+        ([CrossEntropy(0.1), Distillation()], 1),
+        ([Distillation("reverse_kl")], 1),
+        ([Distillation("jsd")], 2),
+        ([CrossEntropy(), EntropyBonus(0.0)], 2),
+        ([CrossEntropy(), ZLoss(0.1)], 2),
+    ],
+    ids=str,
+)
+def test_what_is_linear_in_few_statistics_takes_one_trip(monkeypatch, terms, trips):
+    taken = []
+
+    def seen(name):
+        step = getattr(Passes, name)
+        monkeypatch.setattr(Passes, name, lambda *a: (taken.append(name), step(*a))[1])
+
+    for name in ("gradients_in_one_trip", "start", "gradients"):
+        seen(name)
+    problem = Problem(T=37, D=16, V=101)
+    teacher = None
+    if any(isinstance(term, Distillation) for term in terms):
+        teacher = Teacher(logits=torch.randn(37, 101).double())
+    problem.run(lambda *args: HeadLoss(terms)(*args, teacher=teacher).loss)
+    one, two = ["gradients_in_one_trip"], ["start", "gradients"]
+    assert taken == (one if trips == 1 else two)
 
 
 @dataclass(frozen=True)

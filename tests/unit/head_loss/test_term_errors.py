@@ -57,7 +57,7 @@ def own(**attributes):
             "slopes by logp_k",
         ),
         (lambda: HeadLoss([own(needs=("entropy",))]), "must be sets of names"),
-        (lambda: HeadLoss([own(weight="1")]), "must be a finite number, got 1"),
+        (lambda: HeadLoss([own(weight="1")]), "must be a finite number, got '1'"),
         (lambda: HeadLoss([own(weight=None)]), "must be a finite number, got None"),
         (lambda: HeadLoss([own(needs="entropy")]), "must be sets of names"),
         (lambda: HeadLoss([own(inputs="margin")]), "must be sets of names"),
@@ -110,6 +110,11 @@ def own(**attributes):
             "one beta for its JSD",
         ),
         (Teacher, "either logits, or hidden and weight"),
+        (lambda: Teacher(logits=[1.0]), "teacher's logits must be a tensor"),
+        (
+            lambda: HeadLoss([CrossEntropy(weight=torch.tensor(1.0))]),
+            r"finite number, got tensor\(1",
+        ),
         (
             lambda: Teacher(logits=torch.ones(1), temperature=0.0),
             "positive int or float, got 0.0",

@@ -157,7 +157,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(kind, sweeps):
 @pytest.mark.parametrize("names", SETS, ids=", ".join)
 def test_ignored_tokens_that_are_not_dropped_have_no_share(names, chunks, monkeypatch):
     """As on a GPU, where nobody has counted the labels."""
-    monkeypatch.setattr(engine, "kept_rows", lambda call, *_: (None, call.scale, False))
+    monkeypatch.setattr(engine, "kept_rows", lambda call, *_: (None, call, False))
     problem = Problem(T=37, D=16, V=101)
     rows = row_inputs(problem)
     truth = truth_of(names, problem, rows, HeadLossOptions())

@@ -22,9 +22,13 @@ from torchtitan_liger.head_loss.triton_blocks import (
 )
 from torchtitan_liger.head_loss.triton_statistics import threads_sums
 
+# The words that each part of a row leaves to the others, by kind.
+SUM, TEACHER_SUM = tl.constexpr(0), tl.constexpr(1)
+STUDENT_GAP, TEACHER_GAP = tl.constexpr(2), tl.constexpr(3)
+
 
 @triton.jit
-def both_kernel(
+def one_trip_kernel(
     logits,
     stride,
     num_columns,
@@ -33,9 +37,9 @@ def both_kernel(
     teacher_stride,
     sums,
     num_rows,
-    softmax,
-    label,
-    constant,
+    by_softmax,
+    by_label,
+    by_constant,
     by_teacher,
     by_kl_rev,
     logit_sums,
@@ -59,7 +63,10 @@ def both_kernel(
     VECTOR: tl.constexpr,
     GRADIENT_BLOCK: tl.constexpr,
 ):
-    """Sums and gradient of what is in `statistics.AT_ONCE`.
+    """Sums and gradient of what is in `statistics.IN_ONE_TRIP`.
+
+    `sums` are rows of [k, num_rows], of which each `AT_` names one; -1 is nobody's.
+    `words` are zeros [num_rows, kinds, num_parts] in int64, or None for a single part.
 
     A row's parts are programs that run side by side, so that a part is in a near cache when
     it is read again: each leaves its maxima and sums in words and waits for the others'
@@ -80,8 +87,8 @@ def both_kernel(
     dtype: tl.constexpr = sums.dtype.element_ty
 
     column = tl.load(label_columns + row).to(tl.int32)
-    by_softmax = tl.load(softmax + row)
-    by_label = tl.load(label + row)
+    c_softmax = tl.load(by_softmax + row)
+    c_label = tl.load(by_label + row)
     (
         maxima,
         _origins,
@@ -129,16 +136,13 @@ def both_kernel(
     tl.debug_barrier()  # all threads have read what is overwritten below
     if words is not None:
         words += row * num_parts * (4 if WITH_TEACHER else 1)
-        word = words + part
-        tl.atomic_xchg(word, _sum_word(maximum, sumexp), sem="relaxed")
+        _leave(words, SUM, num_parts, part, _sum_word(maximum, sumexp))
         if WITH_TEACHER:
-            word += num_parts
-            tl.atomic_xchg(word, _sum_word(t_maximum, t_sumexp), sem="relaxed")
+            _leave(words, TEACHER_SUM, num_parts, part, _sum_word(t_maximum, t_sumexp))
             if AT_student_gap >= 0:
-                tl.atomic_xchg(word + num_parts, _gap_word(student_gap), sem="relaxed")
+                _leave(words, STUDENT_GAP, num_parts, part, _gap_word(student_gap))
             if AT_teacher_gap >= 0:
-                word += 2 * num_parts
-                tl.atomic_xchg(word, _gap_word(teacher_gap), sem="relaxed")
+                _leave(words, TEACHER_GAP, num_parts, part, _gap_word(teacher_gap))
     if logit_sums is not None:
         tl.store(logit_sums + part * num_rows + row, tl.sum(logit_sum, axis=0))
     if here | ((part == 0) & (column < 0)):
@@ -151,16 +155,16 @@ def both_kernel(
     if LEARNS:
         t_raw = load_raw(teacher, last, end)
     if words is not None:
-        maxima, sumexps = _sums(words, num_parts, MOST_PARTS)
+        maxima, sumexps = _sums(words, SUM, num_parts, MOST_PARTS)
         maximum, base, shifts, sumexp = _together(maxima, sumexps)
         if WITH_TEACHER:
-            t_maxima, t_sumexps = _sums(words + num_parts, num_parts, MOST_PARTS)
+            t_maxima, t_sumexps = _sums(words, TEACHER_SUM, num_parts, MOST_PARTS)
             t_maximum, t_base, t_shifts, t_sumexp = _together(t_maxima, t_sumexps)
             if AT_student_gap >= 0:
-                student_gaps = _gaps(words + 2 * num_parts, num_parts, MOST_PARTS)
+                student_gaps = _gaps(words, STUDENT_GAP, num_parts, MOST_PARTS)
                 student_gap = _gap(student_gaps, sumexps, shifts, t_shifts)
             if AT_teacher_gap >= 0:
-                teacher_gaps = _gaps(words + 3 * num_parts, num_parts, MOST_PARTS)
+                teacher_gaps = _gaps(words, TEACHER_GAP, num_parts, MOST_PARTS)
                 teacher_gap = _gap(teacher_gaps, t_sumexps, t_shifts, shifts)
     if part == 0:
         bits, to_max = bits_to(base, finite(maximum))
@@ -179,14 +183,14 @@ def both_kernel(
                 above_max = moved_sum(teacher_gap, t_bits - bits, t_sumexp, t_to_max)
                 tl.store(sums + AT_teacher_gap * num_rows, above_max * LN_2)
 
-    factor = by_softmax / sumexp
+    factor = c_softmax / sumexp
     slope, t_factor = 0.0, 0.0
     if by_kl_rev is not None:
         slope = tl.load(by_kl_rev + row) * LN_2 / sumexp
         factor -= slope * (student_gap / sumexp)
     if by_teacher is not None:
         t_factor = tl.load(by_teacher + row) / t_sumexp
-    by_constant = load_optional(constant, row)
+    c_constant = load_optional(by_constant, row)
     for i in range(0, num_blocks):
         columns = begin + (num_blocks - 1 - i) * GRADIENT_BLOCK + block
         this, before = raw, columns - GRADIENT_BLOCK
@@ -201,7 +205,7 @@ def both_kernel(
             t_raw = tl.load(teacher + before, mask=before >= begin, other=0.0)
             t_bits = bits_above(t_base, v)
         grad = _dense(bits, t_bits, factor, slope, t_factor, by_kl_rev, by_teacher)
-        grad += by_constant
+        grad += c_constant
         store_gradient(logits, columns, end, grad, this, SOFTCAP, TEMPERATURE)
     if here:
         tl.debug_barrier()  # the label's comes last
@@ -213,7 +217,7 @@ def both_kernel(
             )
             t_bits = bits_above(t_base, v)
         grad = _dense(bits, t_bits, factor, slope, t_factor, by_kl_rev, by_teacher)
-        grad += by_constant + by_label
+        grad += c_constant + c_label
         store_gradient(logits, column, end, grad, label_raw, SOFTCAP, TEMPERATURE)
 
 
@@ -221,10 +225,9 @@ def both_kernel(
 def _dense(bits, t_bits, factor, slope, t_factor, by_kl_rev, by_teacher):
     """What every column has of the gradient, but for a constant."""
     exp = tl.exp2(bits)
+    grad = exp * factor  # also of 0, which a NaN must outlast
     if by_kl_rev is not None:
-        grad = product(exp, factor + slope * (bits - t_bits))
-    else:
-        grad = exp * factor
+        grad += product(exp, slope * (bits - t_bits))
     if by_teacher is not None:
         grad += tl.exp2(t_bits) * t_factor
     return grad
@@ -264,24 +267,37 @@ def _gap_word(gap):
 
 
 @triton.jit
-def _sums(words, num_parts, MOST_PARTS: tl.constexpr):
-    """All parts' maxima and sums of exponentials; of none, -inf and 0."""
-    word = _when_there(words, num_parts, -0x0080_0000 << 32, MOST_PARTS)
+def _leave(words, KIND: tl.constexpr, num_parts, part, word):
+    tl.atomic_xchg(words + KIND * num_parts + part, word, sem="relaxed")
+
+
+@triton.jit
+def _sums(words, KIND: tl.constexpr, num_parts, MOST_PARTS: tl.constexpr):
+    """All parts' maxima and sums of exponentials."""
+    # Beyond the last part the bits of -inf, and of 0.
+    word = _when_there(words, KIND, num_parts, -0x0080_0000 << 32, MOST_PARTS)
     maxima = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     return maxima, word.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _gaps(words, num_parts, MOST_PARTS: tl.constexpr):
-    word = _when_there(words, num_parts, 1 << 32, MOST_PARTS)
+def _gaps(words, KIND: tl.constexpr, num_parts, MOST_PARTS: tl.constexpr):
+    word = _when_there(words, KIND, num_parts, 1 << 32, MOST_PARTS)
     return word.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _when_there(words, num_parts, NONE: tl.constexpr, MOST_PARTS: tl.constexpr):
-    """All parts' words, of which none is zero."""
+def _when_there(
+    words,
+    KIND: tl.constexpr,
+    num_parts,
+    BEYOND: tl.constexpr,
+    MOST_PARTS: tl.constexpr,
+):
+    """All parts' words of one kind, of which none is zero once it has been left."""
     parts = tl.arange(0, MOST_PARTS)
-    word = tl.load(words + parts, parts < num_parts, other=NONE, volatile=True)
+    words += KIND * num_parts
+    word = tl.load(words + parts, parts < num_parts, other=BEYOND, volatile=True)
     while tl.min((word != 0).to(tl.int32), axis=0) == 0:
-        word = tl.load(words + parts, parts < num_parts, other=NONE, volatile=True)
+        word = tl.load(words + parts, parts < num_parts, other=BEYOND, volatile=True)
     return word

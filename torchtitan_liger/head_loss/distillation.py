@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from torchtitan_liger.head_loss.calls import check_floats
-from torchtitan_liger.head_loss.options import is_finite_number
+from torchtitan_liger.head_loss.options import check_number, check_transform
 from torchtitan_liger.head_loss.statistics import Statistics
 from torchtitan_liger.head_loss.terms import Rows, Term, check_choice
 
@@ -45,16 +45,7 @@ class Teacher:
                 raise ValueError(
                     f"the teacher's {name} must be a tensor, got {type(given)}"
                 )
-        if not (is_finite_number(self.temperature) and self.temperature > 0):
-            raise ValueError(
-                "the teacher's temperature must be a positive int or float, got "
-                f"{self.temperature!r}"
-            )
-        if not (is_finite_number(self.logit_softcap) and self.logit_softcap >= 0):
-            raise ValueError(
-                "the teacher's logit_softcap must be 0 (off) or a positive int or float, got "
-                f"{self.logit_softcap!r}"
-            )
+        check_transform("the teacher's ", self.logit_softcap, self.temperature)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,8 +117,7 @@ class Distillation(Term):
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, DistillationKind)
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta must be in [0, 1], got {self.beta}")
+        check_number("beta", self.beta, "in [0, 1]", lambda x: 0 <= x <= 1)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -11,10 +12,22 @@ import torch
 ACC_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def is_finite_number(x: Any) -> bool:
-    """Of Python's: a tensor would be no constant of a kernel."""
-    is_number = isinstance(x, int | float) and not isinstance(x, bool)
-    return is_number and math.isfinite(x)
+def check_number(
+    name: str, value: Any, wanted: str, holds: Callable[[float], bool]
+) -> None:
+    """ValueError for what is no int or float of which this holds: of Python's, as a tensor
+    would be no constant of a kernel."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and holds(value)):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_transform(whose: str, logit_softcap: Any, temperature: Any) -> None:
+    """ValueError for what logits cannot go through."""
+    wanted = "0 (off) or a positive int or float"
+    check_number(f"{whose}logit_softcap", logit_softcap, wanted, lambda x: 0 <= x < inf)
+    wanted = "a positive int or float"
+    check_number(f"{whose}temperature", temperature, wanted, lambda x: 0 < x < inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +57,7 @@ class HeadLossOptions:
     """Most MiB for the logits that exist at one time. 0: chosen for speed."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "float" and not is_finite_number(value):
-                raise ValueError(
-                    f"{field.name} must be a finite int or float, got {value!r}"
-                )
+        check_transform("", self.logit_softcap, self.temperature)
         if (
             type(self.ignore_index) is not int
             or not -(2**63) <= self.ignore_index < 2**63
@@ -57,12 +65,6 @@ class HeadLossOptions:
             raise ValueError(
                 f"ignore_index must be an int of at most 64 bits, got {self.ignore_index!r}"
             )
-        if self.logit_softcap < 0:
-            raise ValueError(
-                f"logit_softcap must be 0 (off) or positive, got {self.logit_softcap}"
-            )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.acc_dtype not in ACC_DTYPES:
             raise ValueError(
                 f"acc_dtype must be one of {ACC_DTYPES}, got {self.acc_dtype!r}"

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from torchtitan_liger.head_loss.options import check_number
 from torchtitan_liger.head_loss.sequences import Sequences
 from torchtitan_liger.head_loss.statistics import Statistics
 from torchtitan_liger.head_loss.terms import Rows, SequenceTerm, Term, check_choice
@@ -62,14 +63,12 @@ class PolicyGradient(Term):
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, PolicyGradientKind)
         _check_clip(self.clip_low, self.clip_high)
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
-        if self.dual_clip is not None and self.kind != "ppo":
-            raise ValueError(f'dual_clip is for "ppo" only, got kind {self.kind!r}')
-        if self.importance_cap is not None and not self.importance_cap > 0:
-            raise ValueError(
-                f"importance_cap must be positive, got {self.importance_cap}"
-            )
+        if self.dual_clip is not None:
+            check_number("dual_clip", self.dual_clip, "above 1", lambda x: x > 1)
+            if self.kind != "ppo":
+                raise ValueError(f'dual_clip is for "ppo" only, got kind {self.kind!r}')
+        if (cap := self.importance_cap) is not None:
+            check_number("importance_cap", cap, "positive", lambda x: x > 0)
 
     @property
     def inputs(self) -> frozenset[str]:
@@ -219,10 +218,9 @@ class Preference(SequenceTerm):
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, PreferenceKind)
         check_choice("layout", self.layout, PreferenceLayout)
-        if not 0 < self.beta < math.inf:
-            raise ValueError(f"beta must be finite and positive, got {self.beta}")
-        if not math.isfinite(self.gamma):
-            raise ValueError(f"gamma must be a finite number, got {self.gamma}")
+        wanted = "finite and positive"
+        check_number("beta", self.beta, wanted, lambda x: 0 < x < math.inf)
+        check_number("gamma", self.gamma, "a finite number", math.isfinite)
 
     @property
     def inputs(self) -> frozenset[str]:
@@ -322,7 +320,5 @@ def _of_ratios(
 
 
 def _check_clip(low: float, high: float) -> None:
-    if not (0 <= low <= 1 and high >= 0):
-        raise ValueError(
-            f"clip_low must be in [0, 1] and clip_high at least 0, got {low} and {high}"
-        )
+    check_number("clip_low", low, "in [0, 1]", lambda x: 0 <= x <= 1)
+    check_number("clip_high", high, "at least 0", lambda x: x >= 0)

@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from torchtitan_liger.head_loss.options import check_number
 from torchtitan_liger.head_loss.sequences import Sequences
 from torchtitan_liger.head_loss.statistics import (
     OPTIONAL,
@@ -133,10 +134,8 @@ class CrossEntropy(Term):
     name: str = "cross_entropy"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(
-                f"label_smoothing must be in [0, 1), got {self.label_smoothing}"
-            )
+        smoothing = self.label_smoothing
+        check_number("label_smoothing", smoothing, "in [0, 1)", lambda x: 0 <= x < 1)
         check_choice("smooth_over", self.smooth_over, SmoothOver)
 
     @property
@@ -184,8 +183,8 @@ class Focal(Term):
     name: str = "focal"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.gamma < math.inf:
-            raise ValueError(f"gamma must be at least 0 and finite, got {self.gamma}")
+        wanted = "at least 0 and finite"
+        check_number("gamma", self.gamma, wanted, lambda x: 0 <= x < math.inf)
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         # 1 - p without cancellation; at p = 1 a fraction's power has no slope.
@@ -250,8 +249,8 @@ class Unlikelihood(Term):
     inputs = frozenset({"candidates"})
 
     def __post_init__(self) -> None:
-        if not 0 < self.floor < 1:  # at 0, a certain candidate has an infinite slope
-            raise ValueError(f"floor must be in (0, 1), got {self.floor}")
+        # At 0, a certain candidate has an infinite slope.
+        check_number("floor", self.floor, "in (0, 1)", lambda x: 0 < x < 1)
 
     def loss(self, stats: Statistics, rows: Rows) -> torch.Tensor:
         assert stats.logp_k is not None

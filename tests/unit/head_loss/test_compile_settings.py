@@ -105,8 +105,8 @@ def test_the_normalizer_may_change(normalizers):
 @pytest.mark.parametrize(
     ("temperature", "message"),
     [
-        (0.0, "must be positive, got 0.0"),
-        (True, "must be a finite int or float, got True"),
+        (0.0, "must be a positive int or float, got 0.0"),
+        (True, "must be a positive int or float, got True"),
     ],
 )
 @pytest.mark.parametrize("fullgraph", [False, True])

@@ -128,6 +128,8 @@ def own(**attributes):
             "positive int or float, got True",
         ),
         (lambda: CrossEntropy(1.0), r"in \[0, 1\), got 1.0"),
+        (lambda: Focal("2"), "at least 0 and finite, got '2'"),
+        (lambda: CrossEntropy(torch.tensor(0.1)), r"in \[0, 1\), got tensor"),
         (lambda: Focal(-1.0), "at least 0 and finite, got -1.0"),
         (lambda: Focal(float("inf")), "and finite, got inf"),
         (lambda: Preference("kto"), "got 'kto'"),

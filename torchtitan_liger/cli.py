@@ -53,7 +53,7 @@ def prepare_argv(argv: Sequence[str]) -> list[str]:
         elif i and option.fullmatch(prepared[i - 1]):
             prepared[i] = _beside_the_package(argument)
     # What the TOML says goes first, so that the user's own arguments win.
-    toml = read_toml(argv)[1]
+    toml = read_toml(argv, lenient=True)[1]
     assets = value_of(toml, "model", "hf_assets_path")
     if isinstance(assets, str) and (path := _beside_the_package(assets)) != assets:
         prepared.insert(0, f"--model.hf_assets_path={path}")
@@ -67,7 +67,7 @@ def name_config_module(argv: Sequence[str]) -> list[str]:
     """Add ours, unless the arguments or the TOML name a `job.custom_config_module`."""
     if option_of(argv, "job", "custom_config_module") is not None:
         return list(argv)
-    if value_of(read_toml(argv)[1], "job", "custom_config_module"):
+    if value_of(read_toml(argv, lenient=True)[1], "job", "custom_config_module"):
         return list(argv)
     return ["--job.custom_config_module=torchtitan_liger.job_config", *argv]
 
@@ -89,17 +89,26 @@ def arguments_of(argv: Sequence[str], section: str) -> list[str]:
     return [argument for argument in argv if option.fullmatch(argument)]
 
 
-def read_toml(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
+def read_toml(
+    argv: Sequence[str], *, lenient: bool = False
+) -> tuple[str, dict[str, Any]]:
     """The config file named in `argv` and what it holds; empty without one.
 
-    A file that cannot be read is left to torchtitan, which says so.
+    A file that is not there is left to torchtitan, which says so.
+
+    Raises:
+        ValueError: for what is no TOML, unless `lenient`, which takes it for empty.
     """
     path = option_of(argv, "job", "config_file") or ""
     try:
         with open(path, "rb") as file:
             return path, tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError):
+    except OSError:
         return path, {}
+    except tomllib.TOMLDecodeError as error:
+        if lenient:
+            return path, {}
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _beside_the_package(path: str) -> str:

@@ -24,7 +24,7 @@ from torchtitan.train import Trainer
 from torchtitan_liger import data, device, models
 from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
 from torchtitan_liger.config_validator import head_loss_settings, model_args, resolve
-from torchtitan_liger.head_loss.calls import check_label_range
+from torchtitan_liger.head_loss.calls import check_candidate_range, check_label_range
 from torchtitan_liger.head_loss.chunking import MIB
 from torchtitan_liger.head_loss_plan import FOR_TERMS, NUM_LABELED
 from torchtitan_liger.head_loss_report import HeadLossReport
@@ -111,15 +111,20 @@ class LigerTrainer(Trainer):
                 )
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
-        """As torchtitan's; refuses labels that are no token ids, while they are on the host.
+        """As torchtitan's; refuses labels and candidates that are no token ids, while they
+        are on the host.
 
         Raises:
-            ValueError: with the value and the position of the first such label.
+            ValueError: with the value and the position of the first such number.
         """
         batches = super().batch_generator(data_iterable)
         for number, (input_dict, labels) in enumerate(batches, start=1):
             if self.head_loss_plan.enabled:
-                check_label_range(labels, self.model_args.vocab_size, IGNORE_INDEX)
+                rule = labels, self.model_args.vocab_size, IGNORE_INDEX
+                check_label_range(*rule)
+                candidates = input_dict.get("candidates")
+                if isinstance(candidates, torch.Tensor):
+                    check_candidate_range(candidates, *rule)
                 # Counted here, while nobody has to wait for a GPU. torchtitan moves the
                 # tensors of the dict and leaves the rest alone.
                 num_labeled: Any = self.head_loss_plan.count_labels(labels)

@@ -113,7 +113,13 @@ def test_a_toml_of_torchtitans_knows_our_sections(tmp_path, job):
 
 def test_a_config_that_cannot_be_read_is_left_to_torchtitan(tmp_path):
     assert read_toml(["--job.config_file", str(tmp_path / "none.toml")])[1] == {}
-    broken = tmp_path / "broken.toml"
-    broken.write_text("[model\n")
-    assert read_toml([f"--job.config_file={broken}"])[1] == {}
     assert read_toml(["--job.config_file"])[1] == {}
+
+
+def test_a_config_that_is_no_toml_is_named(tmp_path):
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[training]\nsteps =\n")
+    argv = [f"--job.config_file={broken}"]
+    assert prepare_argv(argv) == argv  # before anybody can show an error
+    with pytest.raises(ValueError, match=r"broken\.toml: Invalid value \(at line 2"):
+        read_toml(argv)

@@ -159,7 +159,11 @@ def test_reinforce_reads_no_old_probabilities():
     [
         ("liger_kernel.logits_memory_mib", -1, "must be 0 .*got -1"),
         ("head_loss.temperature", 0, "must be a positive int or float, got 0"),
-        ("head_loss.logit_softcap", -1, r"must be 0 \(off\) or a positive int or float, got -1"),
+        (
+            "head_loss.logit_softcap",
+            -1,
+            r"must be 0 \(off\) or a positive int or float, got -1",
+        ),
         ("head_loss.z_loss.weight", -1e-4, "must be at least 0 .*got -0.0001"),
         ("head_loss.cross_entropy.label_smoothing", 1, r"in \[0, 1\), got 1"),
         ("head_loss.focal.gamma", -1, "must be at least 0 and finite, got -1"),

@@ -144,7 +144,7 @@ def test_a_custom_import_comes_before_what_it_registers_is_looked_up(
         trainer("other_loss", **on)
 
 
-def batches_of(trainer, monkeypatch, labels_BL):
+def batches_of(trainer, monkeypatch, labels_BL, **tensors):
     """What the trainer makes of a data pipeline with one batch."""
     trainer.model_args = SimpleNamespace(vocab_size=7)
     trainer.gradient_accumulation_steps = 2
@@ -152,7 +152,7 @@ def batches_of(trainer, monkeypatch, labels_BL):
         SimpleNamespace(output=LMHead.from_linear(torch.nn.Linear(4, 7, bias=False)))
     ]
     monkeypatch.setattr(Trainer, "batch_generator", lambda _self, data: iter(data))
-    batch = {"input": torch.zeros_like(labels_BL)}, labels_BL
+    batch = {"input": torch.zeros_like(labels_BL), **tensors}, labels_BL
     return list(trainer.batch_generator([batch]))
 
 
@@ -162,6 +162,15 @@ def test_a_label_that_is_no_token_id_is_found_on_the_host(trainer, monkeypatch, 
     labels_BL[1, 2] = label
     with pytest.raises(ValueError, match=rf"labels\[1, 2\] is {label}, "):
         batches_of(trainer, monkeypatch, labels_BL)
+
+
+def test_a_candidate_beyond_the_vocabulary_is_found_on_the_host(trainer, monkeypatch):
+    labels_BL = torch.tensor([[1, -100]])
+    candidates = torch.tensor([[[6, -1], [7, 7]]])  # of an ignored token anything
+    batches_of(trainer, monkeypatch, labels_BL, candidates=candidates)
+    candidates[0, 0, 1] = 7
+    with pytest.raises(ValueError, match=r"candidates\[0, 0, 1\] is 7, .*below 7"):
+        batches_of(trainer, monkeypatch, labels_BL, candidates=candidates)
 
 
 @pytest.mark.parametrize("cp_enabled", [False, True])

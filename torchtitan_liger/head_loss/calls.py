@@ -112,11 +112,11 @@ def row_inputs_of(
     if missing or unknown:
         problems = [
             *(f"{name} is not given" for name in missing),
-            *(f"{name} is read by none of them" for name in unknown),
+            *(f"{name} is read by none of the terms" for name in unknown),
         ]
         raise ValueError(
-            f"the terms read the inputs {', '.join(wanted) or '(none)'}, which are in "
-            f"their `inputs`: {', '.join(problems)}"
+            f"{', '.join(problems)}; they read {', '.join(wanted) or 'no inputs'}, as "
+            "their `inputs` say"
         )
     rows = {name: per_token(name, x, labels) for name, x in given.items()}
     if torch.is_grad_enabled() and (
@@ -289,6 +289,29 @@ def check_label_range(labels: torch.Tensor, vocab_size: int, ignore_index: int) 
         f"neither a token id, in [0, {vocab_size}), nor ignore_index "
         f"({ignore_index}); {int(bad.sum())} of {labels.numel()} labels are like it"
     )
+
+
+def check_candidate_range(
+    candidates: torch.Tensor, labels: torch.Tensor, vocab_size: int, ignore_index: int
+) -> None:
+    """
+    Args:
+        candidates: [..., K] beside `labels` [...]; another shape is not for here.
+
+    Raises:
+        ValueError: for a token with a label that has a candidate beyond the vocabulary;
+            the message holds the first one's value and position.
+    """
+    if candidates.shape[:-1] != labels.shape:
+        return
+    bad = (candidates >= vocab_size) & (labels != ignore_index)[..., None]
+    if bad.any():
+        position = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"candidates[{', '.join(map(str, position))}] is "
+            f"{candidates[position].item()}, which is no token id below {vocab_size}, the "
+            "size of the vocabulary; a negative one stands for none"
+        )
 
 
 def _inverse(

@@ -354,7 +354,7 @@ def test_a_teacher_on_another_device_is_named(elsewhere):
 def test_what_no_term_reads_is_an_error(impl):
     problem = Problem(T=6, D=4, V=9)
     args = problem.hidden, problem.weight, problem.labels
-    with pytest.raises(ValueError, match="advantages is read by none of them"):
+    with pytest.raises(ValueError, match="advantages is read by none of the terms"):
         HeadLoss(impl=impl)(*args, advantages=torch.ones(6))
     with pytest.raises(ValueError, match="no term that learns from it"):
         HeadLoss(impl=impl)(*args, teacher=Teacher(logits=torch.zeros(6, 9)))

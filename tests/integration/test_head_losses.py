@@ -153,35 +153,25 @@ def test_every_curve_is_that_of_one_process(layout, alone, train):
         assert curves[tag] == pytest.approx(expected[tag], rel=1e-4, abs=slack), tag
 
 
-MY_DATA = """
-import torch
-from torchtitan_liger.data import build_text_dataloader
-
-def build_dataloader(**kwargs):
-    loader = build_text_dataloader(**kwargs)
-
-    class WithAdvantages(type(loader)):
-        def __iter__(self):
-            for inputs, labels in super().__iter__():
-                rows = {name: torch.ones(labels.shape) for name in ("advantages", "old_logp")}
-                yield {**inputs, **rows}, labels
-
-    loader.__class__ = WithAdvantages
-    return loader
-"""
-
-
 def test_a_dataloader_of_ones_own_feeds_the_terms_as_the_readme_says(tmp_path):
     readme = (ROOT / "README.md").read_text()
-    start = readme.index("    from torchtitan_liger.train import main\n")
-    end = readme.index("main(register)\n", start) + len("main(register)\n")
-    (tmp_path / "my_train.py").write_text(textwrap.dedent(readme[start:end]))
-    (tmp_path / "my_data.py").write_text(MY_DATA)
+    for name, first, last in (
+        (
+            "my_train",
+            "    from torchtitan_liger.train import main\n",
+            "main(register)\n",
+        ),
+        ("my_data", "    import torch\n    from torch.utils", "batch_size=size)\n"),
+    ):
+        start = readme.index(first)
+        end = readme.index(last, start) + len(last)
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(readme[start:end]))
     run = run_command(
         ROOT / "run_train.sh",
         FLAG,
         "--head_loss.policy_gradient.weight=0.5",
         "--head_loss.policy_gradient.kind=reinforce",  # reads no old_logp
+        "--checkpoint.enable",
         f"--training.seq_len={LENGTH}",
         "--training.steps=1",
         "--metrics.disable_color_printing",

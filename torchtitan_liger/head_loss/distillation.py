@@ -21,8 +21,8 @@ class Teacher:
     """The other model: its logits, or its hidden states and the weight of its head.
 
     On the labels' device, in float64, float32, float16 or bfloat16, which may be another
-    dtype than the student's. It gets no gradient. Its logits are those of its head, then the softcap, then divided
-    by the temperature.
+    dtype than the student's. It gets no gradient. Its logits are those of its head, then
+    the softcap, then divided by the temperature.
     """
 
     logits: torch.Tensor | None = None

@@ -161,8 +161,11 @@ def _wants_liger(job: JobConfig) -> bool:
     return settings(job).impl in ("auto", "liger")
 
 
-def _liger_not_usable(job: JobConfig, liger: LigerStatus) -> str | None:
-    """That it cannot be imported, or finds no device."""
+def _liger_not_importable(job: JobConfig, liger: LigerStatus) -> str | None:
+    return liger.reason if _wants_liger(job) and not liger.importable else None
+
+
+def _liger_no_device(job: JobConfig, liger: LigerStatus) -> str | None:
     return liger.reason if _wants_liger(job) and not liger.usable else None
 
 
@@ -245,14 +248,14 @@ RULES = (
     Rule(
         "Liger-Kernel missing, too old or broken",
         '`chunked`, with a warning; `fallback = "error"`: ImportError',
-        _liger_not_usable,
+        _liger_not_importable,
         "fall back",
         ImportError,
     ),
     Rule(
         "Liger-Kernel without a GPU",
         '`chunked`; `fallback = "error"`: ImportError',
-        _liger_not_usable,
+        _liger_no_device,
         "fall back",
         ImportError,
     ),

@@ -281,14 +281,12 @@ def check_label_range(labels: torch.Tensor, vocab_size: int, ignore_index: int) 
     """
     labels = labels.long()  # where any `ignore_index` is a number
     bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
-    if not bad.any():
-        return
-    position = tuple(bad.nonzero()[0].tolist())
-    raise ValueError(
-        f"labels[{', '.join(map(str, position))}] is {labels[position].item()}, which is "
-        f"neither a token id, in [0, {vocab_size}), nor ignore_index "
-        f"({ignore_index}); {int(bad.sum())} of {labels.numel()} labels are like it"
-    )
+    if bad.any():
+        raise ValueError(
+            f"{_first('labels', labels, bad)}, which is neither a token id, in "
+            f"[0, {vocab_size}), nor ignore_index ({ignore_index}); {int(bad.sum())} of "
+            f"{labels.numel()} labels are like it"
+        )
 
 
 def check_candidate_range(
@@ -306,12 +304,16 @@ def check_candidate_range(
         return
     bad = (candidates >= vocab_size) & (labels != ignore_index)[..., None]
     if bad.any():
-        position = tuple(bad.nonzero()[0].tolist())
         raise ValueError(
-            f"candidates[{', '.join(map(str, position))}] is "
-            f"{candidates[position].item()}, which is no token id below {vocab_size}, the "
-            "size of the vocabulary; a negative one stands for none"
+            f"{_first('candidates', candidates, bad)}, which is no token id below "
+            f"{vocab_size}, the size of the vocabulary; a negative one stands for none"
         )
+
+
+def _first(name: str, tensor: torch.Tensor, bad: torch.Tensor) -> str:
+    """Position and value of the first bad number."""
+    position = tuple(bad.nonzero()[0].tolist())
+    return f"{name}[{', '.join(map(str, position))}] is {tensor[position].item()}"
 
 
 def _inverse(

@@ -131,6 +131,7 @@ DISTILLATIONS = {
     "forward KL": Distillation(),
     "reverse KL": Distillation("reverse_kl"),
     "JSD": Distillation("jsd"),
+    "soft cross entropy": Distillation("soft_cross_entropy"),
 }
 
 
@@ -174,6 +175,8 @@ def divergence(term: Distillation, full: FullSoftmax) -> torch.Tensor:
     q_CV = log_q_CV.exp()
     if term.kind == "forward_kl":
         return (q_CV * (log_q_CV - log_p_CV)).sum(-1)
+    if term.kind == "soft_cross_entropy":
+        return -(q_CV * log_p_CV).sum(-1)
     if term.kind == "reverse_kl":
         return (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(-1)
     assert term.kind == "jsd", f"no formula for {term.kind}"

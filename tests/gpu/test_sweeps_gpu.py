@@ -8,6 +8,7 @@ import torch
 from torchtitan_liger.head_loss import sweeps, triton_sweeps
 from torchtitan_liger.head_loss.statistics import (
     SUMS,
+    WITHOUT_GRADIENT,
     Coefficients,
     Partials,
     sums_for,
@@ -44,8 +45,15 @@ def test_sure_tokens_keep_their_gradient(monkeypatch, num_parts, gap):
 
 
 @pytest.mark.parametrize(
-    "learned",
-    [(), ("uniform_ce",), ("kl_fwd",), ("kl_rev",), ("uniform_ce", "kl_fwd", "kl_rev")],
+    "needs",
+    [
+        (),
+        ("uniform_ce",),
+        ("kl_fwd",),
+        ("kl_rev",),
+        ("kl_fwd", "teacher_entropy"),
+        ("uniform_ce", "kl_fwd", "kl_rev", "teacher_entropy"),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("transform", [Transform(), Transform(30.0, 0.7)], ids=str)
@@ -53,7 +61,7 @@ def test_sure_tokens_keep_their_gradient(monkeypatch, num_parts, gap):
     "dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str
 )
 @pytest.mark.parametrize("num_parts", [2, 9, 33])
-def test_a_row_in_parts_is_a_row(monkeypatch, dtype, transform, learned, num_parts):
+def test_a_row_in_parts_is_a_row(monkeypatch, dtype, transform, needs, num_parts):
     monkeypatch.setattr(triton_sweeps, "TRIP_COLUMNS", -(-V // num_parts))
     g = torch.Generator("cuda").manual_seed(0)
     z, v = (3 * torch.randn(2, C, V, generator=g, device="cuda")).to(dtype)
@@ -66,14 +74,15 @@ def test_a_row_in_parts_is_a_row(monkeypatch, dtype, transform, learned, num_par
     finite = (torch.arange(C, device="cuda") % 50) != 7
     label = torch.randint(V, (C,), generator=g, device="cuda")
     label[2::50] = -1  # ignored
-    names = sums_for(learned)
-    drawn = torch.randn(2 + len(learned), C, generator=g, device="cuda")
+    names = sums_for(needs)
+    learned = "logp", "lse", *(n for n in needs if n not in WITHOUT_GRADIENT)
+    drawn = torch.randn(len(learned), C, generator=g, device="cuda")
 
     def both(run, wide):
         exact = wide == torch.float64
         u, t = (z.to(wide, copy=True), v.double()) if exact else (z.clone(), v)
         sums = unpack(names, torch.empty(len(names), C, dtype=wide, device="cuda"))
-        by = dict(zip(("logp", "lse", *learned), drawn.to(wide), strict=True))
+        by = dict(zip(learned, drawn.to(wide), strict=True))
         teacher = Logits(t, transform) if "teacher_max" in sums else None
         run.one_trip_sweep(u, label, transform, sums, Partials(**by), teacher=teacher)
         return u, sums

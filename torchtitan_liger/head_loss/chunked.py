@@ -167,19 +167,21 @@ def run(
         with_grad = need_d_hidden or need_d_weight
         # The scale belongs to the gradients before they are rounded.
         weight_N = call.scale * token_weight_N
+        two_phase, constant = call.two_phase, _slopes_are_constant(call)
+        # A row's gradient may need nothing but the row: no other tokens, no other ranks'
+        # columns, and no statistic that is known only when the row has been read.
+        of_rows_alone = constant and not two_phase and call.shard is None
         parts = []
-        if with_grad and _in_one_trip(call):
+        if with_grad and of_rows_alone and call.needs <= IN_ONE_TRIP:
             for tokens in call.chunks():
                 constants = _partials(passes, None, tokens, weight_N)
                 parts.append(
                     passes.gradients_in_one_trip(passes.logits(tokens), constants)
                 )
         else:
-            constant = _slopes_are_constant(call)
-            in_one_phase = with_grad and not call.two_phase
             for chunk, part in _one_by_one(passes):
                 parts.append(part)
-                if in_one_phase:
+                if with_grad and not two_phase:
                     statistics = None if constant else passes.statistics(part)
                     of_loss = _partials(passes, statistics, chunk.tokens, weight_N)
                     coefficients = passes.coefficients(of_loss, part, statistics)
@@ -192,7 +194,7 @@ def run(
         is_correct_N = sums["label_logit"] >= sums["max"]
         metrics = call.metrics.of_rows(call.terms, statistics, inputs, is_correct_N)
         partials = None
-        if need_partials or (with_grad and call.two_phase):
+        if need_partials or (with_grad and two_phase):
             partials = partials_of(call.terms, statistics, inputs, weight_N)
             if with_grad:
                 _second_phase(passes, sums, partials)
@@ -235,17 +237,6 @@ def _together(parts: Sequence[Sums]) -> Sums:
 
 def _slopes_are_constant(call: HeadCall) -> bool:
     return all(slopes_of(term) is not None for term in call.terms if term.weight)
-
-
-def _in_one_trip(call: HeadCall) -> bool:
-    """Whether a row's gradient needs nothing but the row: no other ranks' columns, no
-    other tokens, and no statistic that is known only when the row has been read."""
-    return (
-        call.shard is None
-        and not call.two_phase
-        and call.needs <= IN_ONE_TRIP
-        and _slopes_are_constant(call)
-    )
 
 
 def _partials(

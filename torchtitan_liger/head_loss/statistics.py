@@ -39,7 +39,9 @@ OPTIONAL = frozenset(Statistics._field_defaults)
 OF_TEACHER = frozenset({"kl_fwd", "kl_rev", "jsd", "teacher_entropy"})
 WITHOUT_GRADIENT = frozenset({"max_logp", "teacher_entropy"})
 # Of a loss that is linear in these, a row's gradient needs nothing but the row.
-IN_ONE_TRIP = frozenset({"logp", "lse", "uniform_ce", "kl_fwd", "kl_rev"})
+IN_ONE_TRIP = frozenset(
+    {"logp", "lse", "uniform_ce", "kl_fwd", "kl_rev", "teacher_entropy"}
+)
 
 
 Sums = dict[str, torch.Tensor]

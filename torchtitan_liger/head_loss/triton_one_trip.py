@@ -6,25 +6,27 @@ import triton.language as tl
 
 from torchtitan_liger.head_loss.triton_blocks import (
     LN_2,
-    at_least_one,
     bits_above,
-    bits_to,
-    finite,
     load_logit,
     load_optional,
     load_raw,
-    moved_sum,
-    origin_of,
     product,
-    rescaled,
     store_gradient,
     to_logits,
 )
-from torchtitan_liger.head_loss.triton_statistics import threads_sums
+from torchtitan_liger.head_loss.triton_statistics import (
+    gap_together,
+    store_gap,
+    store_softmax,
+    threads_sums,
+    together,
+)
 
 # The words that each part of a row leaves to the others, by kind.
 SUM, TEACHER_SUM = tl.constexpr(0), tl.constexpr(1)
 STUDENT_GAP, TEACHER_GAP = tl.constexpr(2), tl.constexpr(3)
+TEACHER_SHIFTED_SUM = tl.constexpr(4)
+TEACHER_KINDS = tl.constexpr(5)
 
 
 @triton.jit
@@ -52,6 +54,7 @@ def one_trip_kernel(
     AT_label_logit: tl.constexpr,
     AT_teacher_max: tl.constexpr,
     AT_teacher_sumexp: tl.constexpr,
+    AT_teacher_shifted_sum: tl.constexpr,
     AT_student_gap: tl.constexpr,
     AT_teacher_gap: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -91,15 +94,13 @@ def one_trip_kernel(
     c_label = tl.load(by_label + row)
     (
         maxima,
-        _origins,
         sumexps,
         logit_sum,
-        _shifted_sum,
-        _square_sum,
+        _shifted_sums,
+        _square_sums,
         t_maxima,
-        _t_origins,
         t_sumexps,
-        _t_shifted_sum,
+        t_shifted_sums,
         student_gaps,
         teacher_gaps,
     ) = threads_sums(
@@ -112,7 +113,7 @@ def one_trip_kernel(
         False,
         False,
         WITH_TEACHER,
-        False,
+        AT_teacher_shifted_sum >= 0,
         AT_student_gap >= 0,
         AT_teacher_gap >= 0,
         SOFTCAP,
@@ -123,11 +124,12 @@ def one_trip_kernel(
         UNROLL,
         VECTOR,
     )
-    maximum, base, shifts, sumexp = _together(maxima, sumexps)
+    maximum, base, shifts, sumexp = together(maxima, sumexps)
     if WITH_TEACHER:
-        t_maximum, t_base, t_shifts, t_sumexp = _together(t_maxima, t_sumexps)
-        student_gap = _gap(student_gaps, sumexps, shifts, t_shifts)
-        teacher_gap = _gap(teacher_gaps, t_sumexps, t_shifts, shifts)
+        t_maximum, t_base, t_shifts, t_sumexp = together(t_maxima, t_sumexps)
+        student_gap = gap_together(student_gaps, sumexps, shifts, t_shifts)
+        teacher_gap = gap_together(teacher_gaps, t_sumexps, t_shifts, shifts)
+        t_shifted_sum = gap_together(t_shifted_sums, t_sumexps, t_shifts, 0.0)
     here = (column >= begin) & (column < end)
     label_column = tl.where(here, column, -1)
     label_raw, label_logit = load_logit(
@@ -135,7 +137,7 @@ def one_trip_kernel(
     )
     tl.debug_barrier()  # all threads have read what is overwritten below
     if words is not None:
-        words += row * num_parts * (4 if WITH_TEACHER else 1)
+        words += row * num_parts * (TEACHER_KINDS if WITH_TEACHER else 1)
         _leave(words, SUM, num_parts, part, _sum_word(maximum, sumexp))
         if WITH_TEACHER:
             _leave(words, TEACHER_SUM, num_parts, part, _sum_word(t_maximum, t_sumexp))
@@ -143,6 +145,9 @@ def one_trip_kernel(
                 _leave(words, STUDENT_GAP, num_parts, part, _gap_word(student_gap))
             if AT_teacher_gap >= 0:
                 _leave(words, TEACHER_GAP, num_parts, part, _gap_word(teacher_gap))
+            if AT_teacher_shifted_sum >= 0:
+                word = _gap_word(t_shifted_sum)
+                _leave(words, TEACHER_SHIFTED_SUM, num_parts, part, word)
     if logit_sums is not None:
         tl.store(logit_sums + part * num_rows + row, tl.sum(logit_sum, axis=0))
     if here | ((part == 0) & (column < 0)):
@@ -156,32 +161,34 @@ def one_trip_kernel(
         t_raw = load_raw(teacher, last, end)
     if words is not None:
         maxima, sumexps = _sums(words, SUM, num_parts, MOST_PARTS)
-        maximum, base, shifts, sumexp = _together(maxima, sumexps)
+        maximum, base, shifts, sumexp = together(maxima, sumexps)
         if WITH_TEACHER:
             t_maxima, t_sumexps = _sums(words, TEACHER_SUM, num_parts, MOST_PARTS)
-            t_maximum, t_base, t_shifts, t_sumexp = _together(t_maxima, t_sumexps)
+            t_maximum, t_base, t_shifts, t_sumexp = together(t_maxima, t_sumexps)
             if AT_student_gap >= 0:
                 student_gaps = _gaps(words, STUDENT_GAP, num_parts, MOST_PARTS)
-                student_gap = _gap(student_gaps, sumexps, shifts, t_shifts)
+                student_gap = gap_together(student_gaps, sumexps, shifts, t_shifts)
             if AT_teacher_gap >= 0:
                 teacher_gaps = _gaps(words, TEACHER_GAP, num_parts, MOST_PARTS)
-                teacher_gap = _gap(teacher_gaps, t_sumexps, t_shifts, shifts)
+                teacher_gap = gap_together(teacher_gaps, t_sumexps, t_shifts, shifts)
+            if AT_teacher_shifted_sum >= 0:
+                gaps = _gaps(words, TEACHER_SHIFTED_SUM, num_parts, MOST_PARTS)
+                t_shifted_sum = gap_together(gaps, t_sumexps, t_shifts, 0.0)
     if part == 0:
-        bits, to_max = bits_to(base, finite(maximum))
-        tl.store(sums + AT_max * num_rows, maximum)
-        above_max = at_least_one(sumexp * to_max, maximum)
-        tl.store(sums + AT_sumexp * num_rows, above_max)
+        at = sums + AT_max * num_rows, sums + AT_sumexp * num_rows
+        bits, to_max = store_softmax(*at, maximum, base, sumexp)
         if WITH_TEACHER:
-            t_bits, t_to_max = bits_to(t_base, finite(t_maximum))
-            tl.store(sums + AT_teacher_max * num_rows, t_maximum)
-            above_max = at_least_one(t_sumexp * t_to_max, t_maximum)
-            tl.store(sums + AT_teacher_sumexp * num_rows, above_max)
+            at = sums + AT_teacher_max * num_rows, sums + AT_teacher_sumexp * num_rows
+            t_bits, t_to_max = store_softmax(*at, t_maximum, t_base, t_sumexp)
             if AT_student_gap >= 0:
-                above_max = moved_sum(student_gap, bits - t_bits, sumexp, to_max)
-                tl.store(sums + AT_student_gap * num_rows, above_max * LN_2)
+                at = sums + AT_student_gap * num_rows
+                store_gap(at, student_gap, bits - t_bits, sumexp, to_max)
             if AT_teacher_gap >= 0:
-                above_max = moved_sum(teacher_gap, t_bits - bits, t_sumexp, t_to_max)
-                tl.store(sums + AT_teacher_gap * num_rows, above_max * LN_2)
+                at = sums + AT_teacher_gap * num_rows
+                store_gap(at, teacher_gap, t_bits - bits, t_sumexp, t_to_max)
+            if AT_teacher_shifted_sum >= 0:
+                at = sums + AT_teacher_shifted_sum * num_rows
+                store_gap(at, t_shifted_sum, t_bits, t_sumexp, t_to_max)
 
     factor = c_softmax / sumexp
     slope, t_factor = 0.0, 0.0
@@ -231,25 +238,6 @@ def _dense(bits, t_bits, factor, slope, t_factor, by_kl_rev, by_teacher):
     if by_teacher is not None:
         grad += tl.exp2(t_bits) * t_factor
     return grad
-
-
-@triton.jit
-def _together(maxima, sumexps):
-    """Of several parts of a row: the maximum, an origin above it, how far the parts' origins
-    are above that one, and the sum of exponentials above it."""
-    maximum = tl.max(maxima, axis=0)
-    base = finite(origin_of(maximum))
-    shifts = origin_of(maxima) - base
-    # Of -inf, which nothing has, no share.
-    return maximum, base, shifts, tl.sum(rescaled(sumexps, tl.exp2(shifts)), axis=0)
-
-
-@triton.jit
-def _gap(gaps, sumexps, shifts, other_shifts):
-    """Of several parts of a row: the sum of exponentials times how far one exponent is above
-    the other, each above its origin."""
-    moved = moved_sum(gaps, shifts - other_shifts, sumexps, tl.exp2(shifts))
-    return tl.sum(moved, axis=0)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from torchtitan_liger.head_loss.triton_blocks import (
     load_raw,
     log2_of,
     moved_sum,
+    origin_of,
     product,
     product_of_bits,
     rescaled,
@@ -68,18 +69,16 @@ def statistics_kernel(
         teacher += row * teacher_stride
     dtype: tl.constexpr = sums.dtype.element_ty
     (
-        maximum,
-        origin,
-        sumexp,
+        maxima,
+        sumexps,
         logit_sum,
-        shifted_sum,
-        square_sum,
-        t_maximum,
-        t_origin,
-        t_sumexp,
-        t_shifted_sum,
-        student_gap,
-        teacher_gap,
+        shifted_sums,
+        square_sums,
+        t_maxima,
+        t_sumexps,
+        t_shifted_sums,
+        student_gaps,
+        teacher_gaps,
     ) = threads_sums(
         logits,
         teacher,
@@ -102,41 +101,34 @@ def statistics_kernel(
         VECTOR,
     )
 
-    total_max = tl.max(maximum, axis=0)
-    shift, to_highest, to_max = _to_maximum(origin, total_max)
-    # NaN, 0 * inf, where an origin has no digits behind the point. The sum of exponentials
-    # may not be: it takes one factor after the other.
-    share = to_highest * to_max
-    tl.store(sums + AT_max * num_rows, total_max)
-    total = tl.sum(rescaled(sumexp, to_highest), axis=0) * to_max
-    total = at_least_one(total, total_max)
-    tl.store(sums + AT_sumexp * num_rows, total)
+    maximum, base, shifts, sumexp = together(maxima, sumexps)
+    at = sums + AT_max * num_rows, sums + AT_sumexp * num_rows
+    bits, to_max = store_softmax(*at, maximum, base, sumexp)
     if AT_logit_sum >= 0:
         tl.store(sums + AT_logit_sum * num_rows, tl.sum(logit_sum, axis=0))
     if AT_shifted_sum >= 0:
-        moved = moved_sum(shifted_sum, shift, sumexp, share)
-        tl.store(sums + AT_shifted_sum * num_rows, tl.sum(moved, axis=0) * LN_2)
+        gap = gap_together(shifted_sums, sumexps, shifts, 0.0)
+        store_gap(sums + AT_shifted_sum * num_rows, gap, bits, sumexp, to_max)
     if AT_square_sum >= 0:
-        moved = tl.sum(rescaled(square_sum, to_highest * to_highest), axis=0)
-        tl.store(sums + AT_square_sum * num_rows, moved * to_max * to_max)
+        to_base = tl.exp2(shifts)
+        square_sum = tl.sum(rescaled(square_sums, to_base * to_base), axis=0)
+        tl.store(sums + AT_square_sum * num_rows, square_sum * to_max * to_max)
     if AT_teacher_max >= 0:
-        t_total_max = tl.max(t_maximum, axis=0)
-        t_shift, to_highest, to_max = _to_maximum(t_origin, t_total_max)
-        t_share = to_highest * to_max
-        tl.store(sums + AT_teacher_max * num_rows, t_total_max)
-        total = tl.sum(rescaled(t_sumexp, to_highest), axis=0) * to_max
-        total = at_least_one(total, t_total_max)
-        tl.store(sums + AT_teacher_sumexp * num_rows, total)
+        t_maximum, t_base, t_shifts, t_sumexp = together(t_maxima, t_sumexps)
+        at = sums + AT_teacher_max * num_rows, sums + AT_teacher_sumexp * num_rows
+        t_bits, t_to_max = store_softmax(*at, t_maximum, t_base, t_sumexp)
         if AT_teacher_shifted_sum >= 0:
-            moved = moved_sum(t_shifted_sum, t_shift, t_sumexp, t_share)
-            total = tl.sum(moved, axis=0) * LN_2
-            tl.store(sums + AT_teacher_shifted_sum * num_rows, total)
+            gap = gap_together(t_shifted_sums, t_sumexps, t_shifts, 0.0)
+            at = sums + AT_teacher_shifted_sum * num_rows
+            store_gap(at, gap, t_bits, t_sumexp, t_to_max)
         if AT_student_gap >= 0:
-            moved = moved_sum(student_gap, shift - t_shift, sumexp, share)
-            tl.store(sums + AT_student_gap * num_rows, tl.sum(moved, axis=0) * LN_2)
+            gap = gap_together(student_gaps, sumexps, shifts, t_shifts)
+            at = sums + AT_student_gap * num_rows
+            store_gap(at, gap, bits - t_bits, sumexp, to_max)
         if AT_teacher_gap >= 0:
-            moved = moved_sum(teacher_gap, t_shift - shift, t_sumexp, t_share)
-            tl.store(sums + AT_teacher_gap * num_rows, tl.sum(moved, axis=0) * LN_2)
+            gap = gap_together(teacher_gaps, t_sumexps, t_shifts, shifts)
+            at = sums + AT_teacher_gap * num_rows
+            store_gap(at, gap, t_bits - bits, t_sumexp, t_to_max)
     label = tl.load(label_columns + row)
     _raw, z = load_logit(logits, label, dtype, SOFTCAP, TEMPERATURE)
     tl.store(sums + AT_label_logit * num_rows, z)
@@ -170,8 +162,8 @@ def threads_sums(
 ):
     """Each thread's maximum and sums over its share of a row's columns.
 
-    They are above an origin of the thread's own, which moves with its maximum. Origins and
-    what is summed beside exponentials are in bits.
+    They are above the origin of the thread's own maximum, and what is summed beside
+    exponentials is in bits.
     """
     tile = threads_tile(BLOCK, UNROLL, VECTOR)
     zeros = tl.zeros([BLOCK // VECTOR], dtype)
@@ -230,13 +222,11 @@ def threads_sums(
         sumexp = rescaled(sumexp, rescale) + sum_of(exp)
     return (
         maximum,
-        origin,
         sumexp,
         logit_sum,
         shifted_sum,
         square_sum,
         t_maximum,
-        t_origin,
         t_sumexp,
         t_shifted_sum,
         student_gap,
@@ -245,12 +235,38 @@ def threads_sums(
 
 
 @triton.jit
-def _to_maximum(origin, maximum):
-    """From each thread's origin to the maximum of all: bits, and two factors, one to the
-    highest origin and one from there."""
-    highest = finite(tl.max(origin, axis=0))
-    bits, to_max = bits_to(highest, finite(maximum))
-    return (origin - highest) + bits, tl.exp2(origin - highest), to_max
+def together(maxima, sumexps):
+    """Of several parts of a row: the maximum, an origin above it, how far the parts' origins
+    are above that one, and the sum of exponentials above it."""
+    maximum = tl.max(maxima, axis=0)
+    base = finite(origin_of(maximum))
+    shifts = origin_of(maxima) - base
+    # Of -inf, which nothing has, no share.
+    return maximum, base, shifts, tl.sum(rescaled(sumexps, tl.exp2(shifts)), axis=0)
+
+
+@triton.jit
+def gap_together(gaps, sumexps, shifts, other_shifts):
+    """Of several parts of a row: the sum of exponentials times how far one exponent is above
+    the other, each above its origin."""
+    moved = moved_sum(gaps, shifts - other_shifts, sumexps, tl.exp2(shifts))
+    return tl.sum(moved, axis=0)
+
+
+@triton.jit
+def store_softmax(at_max, at_sumexp, maximum, base, sumexp):
+    """The maximum, and the sum above it; how far the origin is above it, in bits, and the
+    factor from there."""
+    bits, to_max = bits_to(base, finite(maximum))
+    tl.store(at_max, maximum)
+    tl.store(at_sumexp, at_least_one(sumexp * to_max, maximum))
+    return bits, to_max
+
+
+@triton.jit
+def store_gap(at, gap, bits, sumexp, to_max):
+    """A sum of `gap_together` above the maxima, `bits` from the origins."""
+    tl.store(at, moved_sum(gap, bits, sumexp, to_max) * LN_2)
 
 
 @triton.jit

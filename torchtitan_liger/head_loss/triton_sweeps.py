@@ -20,7 +20,10 @@ from torchtitan_liger.head_loss.statistics import (
 )
 from torchtitan_liger.head_loss.sweeps import Logits, Transform
 from torchtitan_liger.head_loss.triton_gradients import gradient_kernel, scale_kernel
-from torchtitan_liger.head_loss.triton_one_trip import one_trip_kernel
+from torchtitan_liger.head_loss.triton_one_trip import (
+    TEACHER_KINDS,
+    one_trip_kernel,
+)
 from torchtitan_liger.head_loss.triton_statistics import (
     mixture_kernel,
     statistics_kernel,
@@ -85,7 +88,8 @@ def one_trip_sweep(
     num_parts = -(-num_columns // part_columns)
     words_CWP = logit_sums_PC = None
     if num_parts > 1:
-        words_CWP = column_C.new_zeros(num_rows, 1 if teacher is None else 4, num_parts)
+        kinds = 1 if teacher is None else TEACHER_KINDS.value
+        words_CWP = column_C.new_zeros(num_rows, kinds, num_parts)
     if "logit_sum" in sums:
         logit_sums_PC = sums["max"].new_empty(num_parts, num_rows)
     # The kernel itself knows the divergence that is in the coefficients of a reverse one.
@@ -96,6 +100,7 @@ def one_trip_sweep(
     if teacher is not None:  # as many registers for both
         unroll, gradient_block = unroll // 2, gradient_block // 2
     names = "max", "sumexp", "label_logit", "teacher_max", "teacher_sumexp"
+    gaps = "teacher_shifted_sum", "student_gap", "teacher_gap"
     one_trip_kernel[(num_rows * num_parts,)](
         logits_Cv,
         logits_Cv.stride(0),
@@ -110,7 +115,7 @@ def one_trip_sweep(
         num_parts,
         part_columns,
         MOST_PARTS=1 << (num_parts - 1).bit_length(),
-        **_places(sums, (*names, "student_gap", "teacher_gap")),
+        **_places(sums, (*names, *gaps)),
         **_transforms(transform, teacher),
         **_tile(TRIP_BLOCK, unroll, logits_Cv),
         GRADIENT_BLOCK=_block(gradient_block, num_columns),

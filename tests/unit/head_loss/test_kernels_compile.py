@@ -18,6 +18,7 @@ from tests.helpers import ROOT
 from torchtitan_liger.head_loss import triton_sweeps
 from torchtitan_liger.head_loss.statistics import (
     SUMS,
+    WITHOUT_GRADIENT,
     Coefficients,
     Partials,
     sums_for,
@@ -42,7 +43,14 @@ COEFFICIENTS = [
     {"mixture"},
     set(Coefficients._fields),
 ]
-IN_ONE_TRIP = [set(), {"uniform_ce"}, {"kl_fwd"}, {"kl_rev"}, {"kl_fwd", "kl_rev"}]
+IN_ONE_TRIP = [
+    set(),
+    {"uniform_ce"},
+    {"kl_fwd"},
+    {"kl_rev"},
+    {"kl_fwd", "kl_rev"},
+    {"kl_fwd", "teacher_entropy"},
+]
 
 
 def test_every_kernel_compiles():
@@ -146,7 +154,8 @@ def compile_all() -> None:
             triton_sweeps._part_columns = lambda *_, n=part_columns: n
             some = {name: sums[name] for name in sums_for(needs)}
             with_teacher = teacher if "teacher_max" in some else None
-            for partials in Partials(row), Partials(row, **dict.fromkeys(needs, row)):
+            learned = dict.fromkeys(needs - WITHOUT_GRADIENT, row)
+            for partials in Partials(row), Partials(row, **learned):
                 triton_sweeps.one_trip_sweep(
                     logits, label, transform, some, partials, teacher=with_teacher
                 )

@@ -16,6 +16,7 @@ from tests.unit.head_loss.sweep_cases import (
 )
 from torchtitan_liger.head_loss import sweeps, triton_sweeps
 from torchtitan_liger.head_loss.statistics import (
+    WITHOUT_GRADIENT,
     Coefficients,
     Partials,
     coefficients_of,
@@ -135,7 +136,14 @@ def test_the_gradient_is_its_formula(impl, everything, transform):
 
 
 @pytest.mark.parametrize(
-    "of_teacher", [(), ("kl_fwd",), ("kl_rev",), ("kl_fwd", "kl_rev")]
+    "of_teacher",
+    [
+        (),
+        ("kl_fwd",),
+        ("kl_rev",),
+        ("kl_fwd", "kl_rev"),
+        ("kl_fwd", "teacher_entropy"),
+    ],
 )
 @pytest.mark.parametrize("smoothed", [True, False])
 @pytest.mark.parametrize("transform", [PLAIN, Transform(2.0, 0.7)], ids=str)
@@ -153,10 +161,11 @@ def test_one_trip_is_one_sweep_after_the_other(
     v[7] += 1e4
     label = torch.randint(num_columns, (C,), generator=g)
     label[2] = -1  # ignored
-    learned = "logp", "lse", *["uniform_ce"][:smoothed], *of_teacher
+    needs = {*["uniform_ce"][:smoothed], *of_teacher}
+    learned = "logp", "lse", *sorted(needs - WITHOUT_GRADIENT)
     drawn = torch.randn(len(learned), C, generator=g).double()
     partials = Partials(**dict(zip(learned, drawn, strict=True)))
-    names = sums_for({n for n in learned if n not in ("logp", "lse")})
+    names = sums_for(needs)
     teacher = Logits(v, Transform(3.0, 1.3)) if of_teacher else None
     results = []
     for in_one_trip in (True, False):

@@ -334,6 +334,7 @@ def test_a_backward_pass_frees_what_the_logits_were_computed_from(kind, dtype):
         ([CrossEntropy()], 1),
         ([CrossEntropy(0.1), Distillation()], 1),
         ([Distillation("reverse_kl")], 1),
+        ([Distillation("soft_cross_entropy")], 1),
         ([Distillation("jsd")], 2),
         ([CrossEntropy(), EntropyBonus(0.0)], 2),
         ([CrossEntropy(), ZLoss(0.1)], 2),

@@ -54,6 +54,7 @@ def _train() -> None:
     check_keys(toml, path, configs)
     check_weights(sys.argv[1:], toml, path)
     check_options(configs)
+    check_launched()
     torchtitan_main(LigerTrainer)
 
 
@@ -83,6 +84,18 @@ def check_options(configs: Sequence[type]) -> None:
         hint = value_of_a_switch(sys.argv[1:], text, configs)
         raise ValueError(text + hint) from None
     sys.stderr.write(said.getvalue())  # of a config module, which is read once
+
+
+def check_launched() -> None:
+    """
+    Raises:
+        ValueError: where nothing has said which of a job's processes this is.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError(
+            "LOCAL_RANK is not set: start the job with run_train.sh, or with `python -m "
+            "torch.distributed.run --nproc_per_node 1 -m torchtitan_liger.train ...`"
+        )
 
 
 def value_of_a_switch(argv: Sequence[str], said: str, configs: Sequence[type]) -> str:

@@ -6,7 +6,7 @@ import pytest
 from torchtitan.config import JobConfig
 
 from torchtitan_liger import job_config
-from torchtitan_liger.train import value_of_a_switch
+from torchtitan_liger.train import check_launched, value_of_a_switch
 
 CONFIGS = [JobConfig, job_config.JobConfig]
 
@@ -45,3 +45,13 @@ def test_a_switch_takes_no_value(argv, unknown, told):
     found = value_of_a_switch(argv, f"Unrecognized options: {unknown}", CONFIGS)
     assert re.search(told or "^$", found)
     assert value_of_a_switch(argv, "Invalid choice", CONFIGS) == ""
+
+
+def test_a_job_that_nobody_launched_says_how(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    check_launched()
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(
+        ValueError, match=r"run_train\.sh, or .*torch\.distributed\.run"
+    ):
+        check_launched()

@@ -54,6 +54,8 @@ def prepare(
     """
     check_tensors(hidden, weight, labels)
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
+    if vocab_size == 0:
+        raise ValueError(f"there is no vocabulary: weight is {tuple(weight.shape)}")
     if check_labels and not torch.compiler.is_compiling():
         check_label_range(labels, vocab_size, ignore_index)
     dtype = products_dtype(hidden, weight)

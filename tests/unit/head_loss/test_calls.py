@@ -211,6 +211,7 @@ def test_an_unchecked_label_that_is_no_token_id_makes_the_loss_nan():
         ({"labels": torch.zeros(4).to(torch.int16)}, "got torch.int16"),
         ({"weight": torch.zeros(8)}, r"weight must be \[V, D\], got \(8,\)"),
         ({"weight": torch.zeros(())}, r"weight must be \[V, D\], got \(\)"),
+        ({"weight": torch.zeros(0, 8)}, r"no vocabulary: weight is \(0, 8\)"),
         ({"weight": [[0.0]]}, "weight must be a tensor, got .*list"),
         ({"token_weights": torch.full((4,), 1j)}, "must be a real .*complex64"),
         ({"hidden": torch.zeros(4, 8).bfloat16()}, "bfloat16 and weight is .*float32"),

@@ -144,9 +144,40 @@ def kept_rows(
 
     Args:
         num_labeled: how many there are, or in each of as many rows of equal length, where
-            the caller knows. The call's scale is NaN if that is wrong.
+            the caller knows. Without `check_labels` the call's scale is NaN if that is
+            wrong.
+
+    Raises:
+        ValueError: for a `num_labeled` that is no such number; with `check_labels`, that is
+            wrong.
     """
     valid_T = call.valid_T
+    num_tokens = valid_T.numel()
+    compiling = torch.compiler.is_compiling()
+    if num_labeled is None:
+        if compiling or not (valid_T.device.type == "cpu" or check_labels):
+            return None, call, False
+        count = int(valid_T.sum())
+    else:
+        count, is_wrong = _counted(valid_T, num_labeled)
+        if check_labels and not compiling and is_wrong:
+            rows = [len(num_labeled), -1] if isinstance(num_labeled, Sequence) else [-1]
+            there_are = valid_T.view(rows).sum(dim=-1).tolist()
+            raise ValueError(
+                f"num_labeled is {num_labeled}, but {there_are} labels are not ignored"
+            )
+        call = call.nan_if(is_wrong)
+    if count == num_tokens:
+        return None, call, True
+    # A stable sort keeps the order, and its result has a shape that is known here.
+    order_T = torch.argsort(valid_T.to(torch.uint8), descending=True, stable=True)
+    return order_T[:count], call, True
+
+
+def _counted(
+    valid_T: torch.Tensor, num_labeled: int | Sequence[int]
+) -> tuple[int, torch.Tensor]:
+    """How many labels a caller has counted, and whether that is wrong, [] of bool."""
     compiling = torch.compiler.is_compiling()
     is_array = not compiling and getattr(num_labeled, "ndim", 0) > 0
     if isinstance(num_labeled, str | torch.Tensor) or is_array:
@@ -155,27 +186,17 @@ def kept_rows(
             f"got {_kind(num_labeled)}"
         )
     if isinstance(num_labeled, Sequence):
-        call = call.nan_if(_counts_are_wrong(valid_T, num_labeled))
+        is_wrong = _counts_are_wrong(valid_T, num_labeled)
         num_labeled = sum(num_labeled)
-    num_tokens = valid_T.numel()
-    on_host = valid_T.device.type == "cpu" or check_labels
-    if num_labeled is None:
-        if compiling or not on_host:
-            return None, call, False
-        num_labeled = int(valid_T.sum())
     else:
-        call = call.nan_if(valid_T.sum() != num_labeled)
-        no_count = isinstance(num_labeled, float | bool)
-        if no_count or not 0 <= num_labeled <= num_tokens:
-            raise ValueError(
-                f"num_labeled must be a whole number in [0, {num_tokens}], got "
-                f"{num_labeled}"
-            )
-    if num_labeled == num_tokens:
-        return None, call, True
-    # A stable sort keeps the order, and its result has a shape that is known here.
-    order_T = torch.argsort(valid_T.to(torch.uint8), descending=True, stable=True)
-    return order_T[:num_labeled], call, True
+        is_wrong = valid_T.sum() != num_labeled
+    num_tokens = valid_T.numel()
+    is_none = isinstance(num_labeled, float | bool)
+    if is_none or not 0 <= num_labeled <= num_tokens:
+        raise ValueError(
+            f"num_labeled must be a whole number in [0, {num_tokens}], got {num_labeled}"
+        )
+    return num_labeled, is_wrong
 
 
 def _counts_are_wrong(valid_T: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -185,10 +206,8 @@ def _counts_are_wrong(valid_T: torch.Tensor, counts: Sequence[int]) -> torch.Ten
         raise ValueError(
             f"num_labeled has {len(counts)} rows, which {valid_T.numel()} tokens are not"
         )
-    on_gpu = valid_T.is_cuda
-    given = torch.tensor(counts, pin_memory=on_gpu).to(
-        valid_T.device, non_blocking=True
-    )
+    given = torch.tensor(counts, pin_memory=valid_T.is_cuda)
+    given = given.to(valid_T.device, non_blocking=True)
     return (valid_T.view(len(counts), -1).sum(dim=1) != given).any()
 
 

@@ -171,7 +171,7 @@ class HeadLoss:
             num_labeled: how many labels are not ignored, or how many in each row of
                 `labels`, from a caller that knows. The other tokens then cost neither
                 time nor memory; without it they do on a GPU with `check_labels=False`,
-                and under torch.compile. A wrong number makes the loss NaN.
+                and under torch.compile. A wrong number is refused as a wrong label is.
             row_inputs: [...] numbers for each token that a term asks for by name, without
                 gradient; `candidates` is [..., K] int64 or int32.
 

@@ -315,10 +315,19 @@ def test_a_loss_needs_no_hooks_of_saved_tensors():
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("counted", [0, 50, 257])
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
-def test_a_wrong_number_of_labels_makes_the_loss_nan(impl, reduction, counted):
+def test_a_wrong_number_of_labels_is_an_error_or_makes_the_loss_nan(
+    impl, reduction, counted
+):
     problem = Problem()
     args = problem.hidden, problem.weight, problem.labels
-    out = HeadLoss(impl=impl)(*args, reduction=reduction, num_labeled=counted)
+    right = int((problem.labels != -100).sum())
+    head = HeadLoss(impl=impl)
+    wrong = {"reduction": reduction, "num_labeled": counted}
+    with pytest.raises(
+        ValueError, match=f"num_labeled is {counted}, but {right} labels"
+    ):
+        head(*args, **wrong)
+    out = head(*args, **wrong, check_labels=False)
     assert out.loss.isnan().all()
     assert all(x.isnan() for x in out.metrics.values())
 

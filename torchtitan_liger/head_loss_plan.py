@@ -101,8 +101,11 @@ class HeadLossPlan:
         rows = {name: batch[name] for name in batch if name in names}
         return rows, {name: batch[name] for name in batch if name not in for_head}
 
-    def check_batch(self, batch: Tensors) -> None:
+    def check_batch(self, batch: Tensors) -> list[str]:
         """Whether a batch has what the terms read.
+
+        Returns:
+            The tensors for terms that none of this job's reads.
 
         Raises:
             ValueError: for a tensor that a term reads and the batch lacks; for those of
@@ -115,7 +118,7 @@ class HeadLossPlan:
                     f"{', '.join(sorted(batch))}. Your dataloader puts it beside input; "
                     f"or leave {reader} out"
                 )
-        unread = sorted(FOR_TERMS & batch.keys() - {TOKEN_WEIGHTS})
+        unread = sorted(FOR_TERMS & batch.keys() - {*self.row_inputs, TOKEN_WEIGHTS})
         if unread and not self.row_inputs:
             raise ValueError(
                 f"the batch has {', '.join(unread)}, but no term of [head_loss] reads from "
@@ -127,6 +130,7 @@ class HeadLossPlan:
                 f"the batch has {TOKEN_WEIGHTS}, which Liger-Kernel does not know: use "
                 "--liger_kernel.impl chunked"
             )
+        return unread
 
     @property
     def formula(self) -> str:

@@ -62,6 +62,7 @@ class LigerTrainer(Trainer):
         if job_config.comm.mode == "default":  # else torchtitan makes up its ranks
             check_degrees(job_config, int(os.environ.get("WORLD_SIZE", 1)))
         self.head_loss_report = HeadLossReport()
+        self.unread_inputs: set[str] = set()
         if self.head_loss_plan.enabled:
             models.check_spec(job_config.model.name)
         if self.head_loss_plan.warning:
@@ -162,7 +163,12 @@ class LigerTrainer(Trainer):
             )
         input_dict = dict(input_dict)
         num_labeled: Any = input_dict.pop(NUM_LABELED, None)
-        self.head_loss_plan.check_batch(input_dict)
+        unread = self.head_loss_plan.check_batch(input_dict)
+        if not self.unread_inputs.issuperset(unread):  # once
+            self.unread_inputs.update(unread)
+            logger.warning(
+                f"The batch has {', '.join(unread)}, which no term of [head_loss] reads"
+            )
         rows, input_dict = self.head_loss_plan.split_batch(input_dict)
         whole_shape = labels.shape
         inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(

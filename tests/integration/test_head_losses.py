@@ -173,7 +173,7 @@ def test_a_dataloader_of_ones_own_feeds_the_terms_as_the_readme_says(tmp_path):
         "--head_loss.policy_gradient.kind=reinforce",  # reads no old_logp
         "--checkpoint.enable",
         f"--training.seq_len={LENGTH}",
-        "--training.steps=1",
+        "--training.steps=2",
         "--metrics.disable_color_printing",
         env=python_env(
             NGPU="1",
@@ -183,6 +183,8 @@ def test_a_dataloader_of_ones_own_feeds_the_terms_as_the_readme_says(tmp_path):
         cwd=tmp_path,
     )
     assert run.returncode == 0, run.stdout[-4000:]
+    unread = "The batch has old_logp, which no term of [head_loss] reads"
+    assert run.stdout.count(unread) == 1
     curves = read_tensorboard(tmp_path)
     assert curves["head_loss/policy_gradient/advantage"][1] == 1.0
     # With advantages of one it is the cross entropy.

@@ -30,7 +30,7 @@ def test_the_decoder_gets_what_is_for_no_term():
     rows, rest = PPO.split_batch({"input": TOKENS, "positions": TOKENS, **batch})
     assert rows.keys() == batch.keys()
     assert list(rest) == ["input", "positions"]
-    PPO.check_batch({"input": TOKENS, **batch})
+    assert PPO.check_batch({"input": TOKENS, **batch}) == []
     rows, rest = PLAIN.split_batch({"input": TOKENS, "mine": TOKENS, **batch})
     assert list(rows) == ["token_weights"]
     assert list(rest) == ["input", "mine"]
@@ -57,7 +57,8 @@ def test_a_forgotten_term_is_noticed():
     with pytest.raises(ValueError, match="has advantages, old_logp, ref_logp, but no"):
         PLAIN.check_batch({"input": TOKENS, **batch})
     PLAIN.check_batch({"input": TOKENS, "token_weights": ROWS, "mine": ROWS})
-    PPO.check_batch({"input": TOKENS, **batch})  # which may do without a reference
+    # Which may do without a reference.
+    assert PPO.check_batch({"input": TOKENS, **batch}) == ["ref_logp"]
 
 
 def test_liger_knows_no_token_weights():

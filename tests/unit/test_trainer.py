@@ -45,6 +45,7 @@ def trainer(monkeypatch):
         "chunked", HeadLossOptions(), (CrossEntropy(), ZLoss(0.0))
     )
     trainer.head_loss_report = HeadLossReport()
+    trainer.unread_inputs = set()
     trainer.num_tokens = torch.tensor(8.0)
     trainer.parallel_dims = SimpleNamespace(get_optional_mesh=lambda _: None)
     trainer.logged = {}

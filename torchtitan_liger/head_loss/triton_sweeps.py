@@ -114,7 +114,8 @@ def one_trip_sweep(
         words_CWP,
         num_parts,
         part_columns,
-        MOST_PARTS=1 << (num_parts - 1).bit_length(),
+        # One for each lane of a warp, at least: all of them stop waiting at once.
+        MOST_PARTS=max(32, 1 << (num_parts - 1).bit_length()),
         **_places(sums, (*names, *gaps)),
         **_transforms(transform, teacher),
         **_tile(TRIP_BLOCK, unroll, logits_Cv),

@@ -18,7 +18,7 @@ from torchtitan.tools.utils import device_type
 from torchtitan_liger import job_config
 from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
 from torchtitan_liger.config_checks import check_values, keys_of
-from torchtitan_liger.head_loss import HeadLossOptions
+from torchtitan_liger.head_loss import HeadLossOptions, SequenceTerm
 from torchtitan_liger.head_loss.terms import plain_of
 from torchtitan_liger.head_loss_config import changes, listed, terms_and_options
 from torchtitan_liger.head_loss_plan import HeadLossPlan
@@ -112,8 +112,8 @@ def _reference_other_terms(job: JobConfig, _: LigerStatus) -> str | None:
 
 
 def _sequence_context_parallel(job: JobConfig, _: LigerStatus) -> str | None:
-    degree, config = job.parallelism.context_parallel_degree, _head_loss(job)
-    names = [n for n in ("gspo", "preference") if getattr(config, n).weight is not None]
+    degree = job.parallelism.context_parallel_degree
+    names = [t.name for t in _requested(job).terms if isinstance(t, SequenceTerm)]
     if not names or degree <= 1:
         return None
     return (
@@ -226,7 +226,8 @@ RULES = (
         _reference_other_terms,
     ),
     Rule(
-        "`head_loss.gspo` or `head_loss.preference` with context parallelism",
+        "`head_loss.gspo`, `head_loss.preference` or `head_loss.kto` with context "
+        "parallelism",
         "refused: `--parallelism.context_parallel_degree 1`",
         _sequence_context_parallel,
     ),

@@ -22,6 +22,7 @@ from torchtitan_liger.head_loss import (
     SequencePolicyGradient,
     Term,
     Unlikelihood,
+    UnpairedPreference,
     ZLoss,
 )
 
@@ -38,6 +39,7 @@ TERMS: dict[str, Callable[..., Term]] = {
     "distillation": Distillation,
     "gspo": SequencePolicyGradient,
     "preference": Preference,
+    "kto": UnpairedPreference,
 }
 """For each table of `job_config.HeadLoss` the term that takes its keys as arguments."""
 

@@ -28,9 +28,11 @@ FOR_TERMS = frozenset(
     {
         "advantages",
         "candidates",
+        "desirable",
         "generation_logp",
         "old_logp",
         "ref_logp",
+        "reference_point",
         TEACHER_LOGITS,
         TOKEN_WEIGHTS,
     }

@@ -197,7 +197,7 @@ class Preference:
     Reads `ref_logp` for "dpo" and "ipo".
     """
 
-    kind: Literal["dpo", "ipo", "simpo", "orpo"] = "dpo"
+    kind: Literal["dpo", "cpo", "ipo", "simpo", "orpo"] = "dpo"
     """Which loss of the family."""
 
     beta: float = 0.1
@@ -208,6 +208,24 @@ class Preference:
 
     layout: Literal["pairs", "halves"] = "pairs"
     """Whether each chosen row is followed by its rejected one, or all chosen by all."""
+
+
+@dataclass
+class UnpairedPreference:
+    weight: float | None = None
+    """
+    Factor of KTO: desirable rows of the batch likelier than a reference, others less, summed
+    over rows. Reads `ref_logp`, `desirable` and `reference_point`.
+    """
+
+    beta: float = 0.1
+    """How much a row's log ratio to the reference counts."""
+
+    desirable_weight: float = 1.0
+    """Factor of desirable rows."""
+
+    undesirable_weight: float = 1.0
+    """Factor of others."""
 
 
 @dataclass
@@ -230,6 +248,7 @@ class HeadLoss:
     distillation: Distillation = field(default_factory=Distillation)
     gspo: SequencePolicyGradient = field(default_factory=SequencePolicyGradient)
     preference: Preference = field(default_factory=Preference)
+    kto: UnpairedPreference = field(default_factory=UnpairedPreference)
 
 
 @dataclass

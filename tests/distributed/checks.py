@@ -37,6 +37,7 @@ from torchtitan_liger.head_loss import (  # isort: skip
     Preference,
     ReferenceKL,
     SequencePolicyGradient,
+    UnpairedPreference,
 )
 
 
@@ -62,6 +63,8 @@ def terms_of_the_batch() -> dict[str, float]:
         "old_logp": -7 + torch.randn(shape, generator=g),
         "ref_logp": -7 + torch.randn(shape, generator=g),
         "token_weights": torch.rand(shape, generator=g),
+        "desirable": (torch.arange(shape[0]) % 2 > 0)[:, None].expand(shape),
+        "reference_point": torch.zeros(shape),
     }
     terms = [
         CrossEntropy(),
@@ -69,6 +72,7 @@ def terms_of_the_batch() -> dict[str, float]:
         ReferenceKL(0.1),
         SequencePolicyGradient(weight=0.2),
         Preference(weight=0.3),
+        UnpairedPreference(weight=0.4),
     ]
     errors = {}
     for name, layout in {"FSDP2": "", "TP": f"{TP}=2"}.items():

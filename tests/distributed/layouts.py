@@ -102,7 +102,7 @@ CASES = (
 # Terms whose inputs are in the batch.
 RL = (
     "head_loss.policy_gradient.weight=0.5 head_loss.reference_kl.weight=0.1 "
-    "head_loss.gspo.weight=0.2 head_loss.preference.weight=0.3"
+    "head_loss.gspo.weight=0.2 head_loss.preference.weight=0.3 head_loss.kto.weight=0.4"
 )
 
 LAYOUTS = {  # of the checks beside the matrix

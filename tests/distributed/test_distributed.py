@@ -114,7 +114,7 @@ def test_preflight_says_which_terms_it_leaves_out(launch):
     lines = launch("tests.distributed.checks", 2)[0]["preflight_passes"]
     line = lines["TP, terms of the batch"]
     assert line.startswith("Preflight passed: chunked head in")
-    assert " without policy_gradient, reference_kl, gspo, preference, " in line
+    assert " without policy_gradient, reference_kl, gspo, preference, kto, " in line
 
 
 @pytest.mark.slow

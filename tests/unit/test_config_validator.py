@@ -189,7 +189,7 @@ def test_the_readme_has_the_table_and_each_row_a_test_above():
     assert len(RULES) == 15
 
 
-@pytest.mark.parametrize("term", ["gspo", "preference"])
+@pytest.mark.parametrize("term", ["gspo", "preference", "kto"])
 def test_terms_over_sequences_under_context_parallelism_are_refused(term):
     args = (f"--head_loss.{term}.weight=1", "--parallelism.context_parallel_degree=2")
     with pytest.raises(ValueError, match=f"head_loss.{term} needs whole sequences"):

@@ -13,6 +13,7 @@ from torchtitan_liger.head_loss import (
     SequencePolicyGradient,
     SequenceTerm,
     Unlikelihood,
+    UnpairedPreference,
     ZLoss,
 )
 from torchtitan_liger.head_loss_plan import FOR_TERMS, HeadLossPlan, inputs_of
@@ -39,6 +40,7 @@ def test_the_decoder_gets_what_is_for_no_term():
 def test_what_is_for_terms_is_what_any_term_may_read():
     terms = [PolicyGradient(importance_cap=2.0), Distillation(), Unlikelihood()]
     terms += [ReferenceKL(1.0), SequencePolicyGradient(), Preference()]
+    terms += [UnpairedPreference()]
     read = set[str]().union(*map(inputs_of, terms))
     assert read | {"token_weights"} == FOR_TERMS
 

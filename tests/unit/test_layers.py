@@ -27,7 +27,11 @@ LAYERS = (
     {"head_loss.calls"},
     {"head_loss.sequences"},
     {"head_loss.terms"},
-    {"head_loss.policy_terms", "head_loss.distillation"},
+    {
+        "head_loss.policy_terms",
+        "head_loss.preference_terms",
+        "head_loss.distillation",
+    },
     {"head_loss.evaluate"},
     {"head_loss.passes"},
     {"head_loss.gradients"},

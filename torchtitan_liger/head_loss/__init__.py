@@ -2,7 +2,7 @@
 
 In the order of a call:
 
-    options, terms, policy_terms, distillation   what is computed
+    options, *terms, distillation                what is computed
     functional, engine                           the public face
     calls, sequences, chunking                   arguments are checked, chunks planned
     chunked (custom_op: under torch.compile)     the order of the passes, both ways
@@ -19,10 +19,10 @@ from torchtitan_liger.head_loss.functional import linear_cross_entropy
 from torchtitan_liger.head_loss.options import HeadLossOptions
 from torchtitan_liger.head_loss.policy_terms import (
     PolicyGradient,
-    Preference,
     ReferenceKL,
     SequencePolicyGradient,
 )
+from torchtitan_liger.head_loss.preference_terms import Preference, UnpairedPreference
 from torchtitan_liger.head_loss.sequences import Sequences
 from torchtitan_liger.head_loss.statistics import Statistics
 from torchtitan_liger.head_loss.terms import (
@@ -58,6 +58,7 @@ __all__ = [
     "Teacher",
     "Term",
     "Unlikelihood",
+    "UnpairedPreference",
     "VocabShard",
     "ZLoss",
     "linear_cross_entropy",

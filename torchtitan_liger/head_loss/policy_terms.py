@@ -16,8 +16,6 @@ from torchtitan_liger.head_loss.terms import Rows, SequenceTerm, Term, check_cho
 
 PolicyGradientKind = Literal["ppo", "cispo", "reinforce"]
 ReferenceKLKind = Literal["k1", "k2", "k3"]
-PreferenceKind = Literal["dpo", "ipo", "simpo", "orpo"]
-PreferenceLayout = Literal["pairs", "halves"]
 # What terms with advantages report of each token; and those that have a ratio, the token's
 # or its sequence's.
 SAMPLED = ("new_logp", "advantage", "advantage/max", "advantage/min")
@@ -181,103 +179,6 @@ class SequencePolicyGradient(SequenceTerm):
     ) -> torch.Tensor:
         """[C] that of each token's sequence."""
         return sequences.spread(sequences.mean(stats.logp - rows["old_logp"]))
-
-
-@dataclass(frozen=True)
-class Preference(SequenceTerm):
-    """Prefer one answer to another: DPO and its family.
-
-    With each sequence's sum of log p_y over its tokens, `S`, and their mean, `M`; d(x) is
-    x of the chosen sequence minus x of the rejected one, 0 for one without a label:
-
-        "dpo"    -log sigmoid(beta d(S - S_ref))             (arXiv:2305.18290)
-        "ipo"    (d(M - M_ref) - 1 / (2 beta)) ** 2          (arXiv:2310.12036)
-        "simpo"  -log sigmoid(beta d(M) - gamma)             (arXiv:2405.14734)
-        "orpo"   -beta log sigmoid(d(log(exp M / (1 - exp M))))   (arXiv:2403.07691)
-
-    The chosen sequence is followed by the rejected one (`layout = "pairs"`), or all chosen
-    ones come first (`layout = "halves"`). A pair's loss is spread evenly over its tokens,
-    so the sum over tokens is the sum over pairs, and the number of pairs the normalizer.
-
-    Reported for each token of a pair, so that with the number of tokens as the normalizer
-    these are means over tokens, longer pairs counting more: the difference d above
-    (`margin`, without beta), whether it is positive (`accuracy`), and what it is the
-    difference of (`chosen`, `rejected`).
-
-    Rows: `ref_logp` for "dpo" and "ipo".
-    """
-
-    kind: PreferenceKind = "dpo"
-    beta: float = 0.1
-    gamma: float = 0.5
-    layout: PreferenceLayout = "pairs"
-    weight: float = 1.0
-    name: str = "preference"
-    metric_names = ("accuracy", "margin", "chosen", "rejected")
-
-    def __post_init__(self) -> None:
-        check_choice("kind", self.kind, PreferenceKind)
-        check_choice("layout", self.layout, PreferenceLayout)
-        wanted = "finite and positive"
-        check_number("beta", self.beta, wanted, lambda x: 0 < x < math.inf)
-        check_number("gamma", self.gamma, "a finite number", math.isfinite)
-
-    @property
-    def inputs(self) -> frozenset[str]:
-        return frozenset({"ref_logp"} if self.kind in ("dpo", "ipo") else ())
-
-    @property
-    def sequences_per_group(self) -> int | None:
-        return 2 if self.layout == "pairs" else None
-
-    def sequence_loss(
-        self, stats: Statistics, rows: Rows, sequences: Sequences
-    ) -> torch.Tensor:
-        chosen, rejected, pairs = self._scores(stats, rows, sequences)
-        margin = chosen - rejected
-        log_sigmoid = torch.nn.functional.logsigmoid
-        if self.kind == "dpo":
-            loss = -log_sigmoid(self.beta * margin)
-        elif self.kind == "ipo":
-            loss = (margin - 1 / (2 * self.beta)).square()
-        elif self.kind == "simpo":
-            loss = -log_sigmoid(self.beta * margin - self.gamma)
-        else:
-            loss = -self.beta * log_sigmoid(margin)
-        return pairs.spread(loss / pairs.lengths(stats.logp))
-
-    def sequence_metrics(
-        self, stats: Statistics, rows: Rows, sequences: Sequences
-    ) -> Sequence[torch.Tensor]:
-        chosen, rejected, pairs = self._scores(stats, rows, sequences)
-        margin = chosen - rejected
-        return [pairs.spread(x) for x in (margin > 0, margin, chosen, rejected)]
-
-    def _scores(
-        self, stats: Statistics, rows: Rows, sequences: Sequences
-    ) -> tuple[torch.Tensor, torch.Tensor, Sequences]:
-        """What `d` subtracts, of the chosen and of the rejected sequence of each pair;
-        and the pairs."""
-        if sequences.num % 2:
-            raise ValueError(
-                f"preferences need pairs of sequences, got {sequences.num} sequences"
-            )
-        logp = stats.logp
-        if self.kind in ("dpo", "ipo"):
-            logp = logp - rows["ref_logp"]
-        score = sequences.sum(logp) if self.kind == "dpo" else sequences.mean(logp)
-        if self.kind == "orpo":
-            # log(p / (1 - p)) of p = exp(score), which rounds to 1 where it is sure.
-            miss = -torch.expm1(score.clamp(max=-torch.finfo(score.dtype).eps))
-            # As for the others, a sequence without any token counts 0: it is not sure.
-            is_there = sequences.sum(torch.ones_like(logp)) > 0
-            score = torch.where(is_there, score - miss.log(), 0.0)
-        num = len(score) // 2
-        if self.layout == "pairs":
-            chosen, rejected, pair_C = score[0::2], score[1::2], sequences.ids_C // 2
-        else:
-            chosen, rejected, pair_C = score[:num], score[num:], sequences.ids_C % num
-        return chosen, rejected, Sequences(pair_C, num, sequences.valid_C)
 
 
 def _clipped_loss(

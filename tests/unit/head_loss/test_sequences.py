@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from liger_kernel.chunked_loss import (
+    LigerFusedLinearCPOLoss,
     LigerFusedLinearDPOLoss,
     LigerFusedLinearGRPOLoss,
+    LigerFusedLinearKTOLoss,
     LigerFusedLinearORPOLoss,
     LigerFusedLinearSimPOLoss,
 )
@@ -20,12 +22,15 @@ from torchtitan_liger.head_loss import (
     HeadLoss,
     Preference,
     SequencePolicyGradient,
+    UnpairedPreference,
     ZLoss,
     engine,
 )
 
 B, L = 8, 9
 NUM_PAIRS = B // 2
+KINDS = ["dpo", "cpo", "ipo", "simpo", "orpo"]
+SUMMED = ["dpo", "cpo"]  # over a sequence's tokens; the others take their mean
 
 
 @pytest.fixture(
@@ -52,9 +57,11 @@ def problem(request):
         "old_logp": logp + noise[0],
         "ref_logp": logp + noise[1],
         "advantages": torch.randn(B, generator=g).double().repeat_interleave(L),
+        "reference_point": torch.full((problem.T,), 0.3, dtype=torch.float64),
     }
     for values in problem.rows.values():
         values[problem.labels == -100] = torch.nan
+    problem.rows["desirable"] = (torch.arange(B) % 3 > 0).repeat_interleave(L)
     return problem
 
 
@@ -90,7 +97,7 @@ def preference(problem, kind, layout):
         if kind in ("dpo", "ipo"):
             logp = logp - masked(problem.rows["ref_logp"], labels)
         score = logp.sum(1)
-        if kind != "dpo":
+        if kind not in SUMMED:
             score = score / lengths(labels)
         if kind == "orpo":
             score = score - (1 - score.exp()).log()
@@ -100,6 +107,7 @@ def preference(problem, kind, layout):
         margin = halves[0] - halves[1]
         loss = {
             "dpo": -F.logsigmoid(0.4 * margin),
+            "cpo": -F.logsigmoid(0.4 * margin),
             "ipo": (margin - 1 / 0.8) ** 2,
             "simpo": -F.logsigmoid(0.4 * margin - 0.5),
             "orpo": -0.4 * F.logsigmoid(margin),
@@ -120,7 +128,7 @@ def run(problem, head, **call):
     return problem.run(loss_of)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "ipo", "simpo", "orpo"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_sequence_without_labels_counts_zero(problem, kind):
     problem.labels.view(B, L)[1] = -100
     labels = problem.labels.view(B, L)
@@ -134,7 +142,9 @@ def test_a_sequence_without_labels_counts_zero(problem, kind):
     logp = logp_of(problem.hidden, problem.weight, problem.labels)
     if kind in ("dpo", "ipo"):
         logp = logp - masked(problem.rows["ref_logp"], problem.labels)
-    score = logp[0].sum() if kind == "dpo" else logp[0].sum() / lengths(labels)[0]
+    score = logp[0].sum()
+    if kind not in SUMMED:
+        score = score / lengths(labels)[0]
     if kind == "orpo":
         score = score - (1 - score.exp()).log()
     torch.testing.assert_close(margin, score, rtol=1e-10, atol=0)
@@ -148,11 +158,32 @@ def test_gspo(problem, clip, chunks):
 
 
 @pytest.mark.parametrize("layout", ["pairs", "halves"])
-@pytest.mark.parametrize("kind", ["dpo", "ipo", "simpo", "orpo"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_preferences(problem, kind, layout, chunks):
     truth = problem.run(preference(problem, kind, layout))
     term = Preference(kind, beta=0.4, layout=layout)
     ours = run(problem, HeadLoss([term]), normalizer=NUM_PAIRS)
+    assert max(ours.errors(truth).values()) < 1e-10
+
+
+def log_ratios(problem, hidden, weight, labels):
+    """Of each sequence's tokens with a label, the sum; [B, 1]."""
+    ref = masked(problem.rows["ref_logp"], labels)
+    return (logp_of(hidden, weight, labels) - ref).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.33, 0.5)])
+def test_kto(problem, weights, chunks):
+    is_desirable = problem.rows["desirable"].view(B, L)[:, :1]
+
+    def loss_of(hidden, weight, labels):
+        gain = log_ratios(problem, hidden, weight, labels) - 0.3
+        good, bad = 1 - torch.sigmoid(0.4 * gain), 1 - torch.sigmoid(-0.4 * gain)
+        return torch.where(is_desirable, weights[0] * good, weights[1] * bad).sum() / B
+
+    truth = problem.run(loss_of)
+    term = UnpairedPreference(0.4, *weights)
+    ours = run(problem, HeadLoss([term]), normalizer=B)
     assert max(ours.errors(truth).values()) < 1e-10
 
 
@@ -216,6 +247,23 @@ def test_what_gspo_reports_is_of_whole_sequences(problem, chunks):
     )
 
 
+def test_what_kto_reports_is_of_whole_sequences(problem, chunks):
+    gain = log_ratios(problem, problem.hidden, problem.weight, problem.labels)
+    is_desirable = problem.rows["desirable"].view(B, L)[:, :1]
+    is_right = (gain > 0.3) == is_desirable
+    assert is_right.any()
+    assert not is_right.all()
+    assert reported(problem, UnpairedPreference()) == expected_means(
+        problem,
+        {
+            "accuracy": is_right,
+            "desirable": is_desirable,
+            "chosen": torch.where(is_desirable, gain, 0.0),
+            "rejected": torch.where(is_desirable, 0.0, gain),
+        },
+    )
+
+
 @pytest.mark.parametrize("layout", ["pairs", "halves"])
 @pytest.mark.parametrize("kind", ["dpo", "simpo"])
 def test_what_a_preference_reports_is_of_whole_pairs(problem, kind, layout, chunks):
@@ -247,7 +295,8 @@ def test_what_a_preference_reports_is_of_whole_pairs(problem, kind, layout, chun
     "term",
     [
         SequencePolicyGradient(0.2, 0.2),
-        *map(Preference, ("dpo", "ipo", "simpo", "orpo")),
+        *map(Preference, KINDS),
+        UnpairedPreference(),
     ],
     ids=lambda term: getattr(term, "kind", term.name),
 )
@@ -258,6 +307,8 @@ def test_long_sequences_are_as_exact_in_float32(term):
     g = torch.Generator().manual_seed(1)
     rows = {"old_logp": -3.5 + 0.1 * torch.randn(2, length, generator=g)}
     rows |= {"ref_logp": rows["old_logp"], "advantages": torch.ones(2, length)}
+    rows |= {"reference_point": torch.zeros(2, length)}
+    rows |= {"desirable": torch.tensor([[1], [0]]).expand(2, length)}
     head = HeadLoss([term])
 
     def loss_of(hidden, weight, labels):
@@ -273,13 +324,38 @@ def test_long_sequences_are_as_exact_in_float32(term):
     truth = problem.run(loss_of)
     plain = problem.run(full_logits(), torch.float32)
     of_plain = plain.errors(problem.run(full_logits()))
+    # These have sums of log probabilities, each of about -3.5, and not of small differences.
+    is_wide = getattr(term, "kind", term.name) in ("cpo", "kto")
+    of_sum = term.beta * length * 3.5 * 2**-24 if is_wide else 0.0
     ours = problem.run(loss_of, torch.float32).errors(truth)
     for name in ("d_hidden", "d_weight"):
-        assert ours[name] < 2 * of_plain[name], (name, ours, of_plain)
+        assert ours[name] < 2 * of_plain[name] + of_sum, (name, ours, of_plain)
+
+
+def test_kto_learns_from_a_model_that_is_its_reference():
+    """There the two sides of its sigmoid meet."""
+    problem = Problem(T=B * L, D=16, V=101, ignored=0)
+    logp = logp_of(problem.hidden, problem.weight, problem.labels)
+    is_desirable = torch.arange(B) % 2 > 0
+
+    def loss_of(hidden, weight, labels):
+        gain = (logp_of(hidden, weight, labels) - logp).sum(1)
+        return torch.sigmoid(0.1 * torch.where(is_desirable, -gain, gain)).sum()
+
+    truth = problem.run(loss_of)
+    assert truth.d_weight.any()
+    problem.rows = {
+        "ref_logp": logp.flatten(),
+        "desirable": is_desirable.repeat_interleave(L),
+        "reference_point": torch.zeros(B * L),
+    }
+    ours = run(problem, HeadLoss([UnpairedPreference()]))
+    assert max(ours.errors(truth).values()) < 1e-10
 
 
 LIGERS = {
     "dpo": partial(LigerFusedLinearDPOLoss, beta=0.4),
+    "cpo": partial(LigerFusedLinearCPOLoss, beta=0.4),
     "simpo": partial(LigerFusedLinearSimPOLoss, beta=0.4, gamma=0.5),
     "orpo": partial(LigerFusedLinearORPOLoss, beta=0.4),
 }
@@ -302,6 +378,31 @@ def test_the_same_as_ligers_chunked_losses(problem, kind):
     problem.rows["ref_logp"] = ref_logp.flatten()
     head = HeadLoss([Preference(kind, beta=0.4, layout="halves")])
     ours = run(problem, head, normalizer=NUM_PAIRS)
+    assert max(ours.errors(theirs).values()) < 1e-6
+
+
+def test_kto_is_ligers(problem):
+    ref_weight = problem.weight + 0.1
+    labels = problem.labels.view(B, L)
+    liger = LigerFusedLinearKTOLoss(beta=0.4, compiled=False, use_ref_model=True)
+    is_desirable = problem.rows["desirable"].view(B, L)[:, 0]
+
+    def liger_loss(hidden, weight, _):
+        hidden_BLD = hidden.view(B, L, -1)
+        return liger(
+            hidden_BLD,
+            weight,
+            labels,
+            preference_labels=is_desirable,
+            ref_input=hidden_BLD.detach(),
+            ref_weight=ref_weight,
+            kl=torch.tensor(0.3),
+        )[0]
+
+    theirs = problem.run(liger_loss)
+    ref_logp = logp_of(problem.hidden, ref_weight, problem.labels)
+    problem.rows["ref_logp"] = ref_logp.flatten()
+    ours = run(problem, HeadLoss([UnpairedPreference(0.4)]), normalizer=B)
     assert max(ours.errors(theirs).values()) < 1e-6
 
 

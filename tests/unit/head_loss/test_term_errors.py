@@ -21,6 +21,7 @@ from torchtitan_liger.head_loss import (
     Teacher,
     Term,
     Unlikelihood,
+    UnpairedPreference,
     ZLoss,
 )
 
@@ -133,6 +134,8 @@ def own(**attributes):
         (lambda: Focal(-1.0), "at least 0 and finite, got -1.0"),
         (lambda: Focal(float("inf")), "and finite, got inf"),
         (lambda: Preference("kto"), "got 'kto'"),
+        (lambda: UnpairedPreference(0.0), "beta must be .*got 0.0"),
+        (lambda: UnpairedPreference(desirable_weight=-1.0), "desirable_.*got -1.0"),
         (lambda: Preference("simpo", beta=float("inf")), "beta must be .*got inf"),
         (lambda: Preference("simpo", gamma=float("nan")), "gamma must be .*got nan"),
         (lambda: PolicyGradient(dual_clip=0.5), "above 1, got 0.5"),

@@ -24,7 +24,7 @@ from torchtitan.train import Trainer
 from torchtitan_liger import data, device, models
 from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
 from torchtitan_liger.config_validator import head_loss_settings, model_args, resolve
-from torchtitan_liger.head_loss.calls import check_candidate_range, check_label_range
+from torchtitan_liger.head_loss.checks import check_candidate_range, check_label_range
 from torchtitan_liger.head_loss.chunking import MIB
 from torchtitan_liger.head_loss_plan import FOR_TERMS, NUM_LABELED
 from torchtitan_liger.head_loss_report import HeadLossReport

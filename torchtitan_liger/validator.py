@@ -15,7 +15,7 @@ from torchtitan.tools.utils import device_type
 
 from torchtitan_liger.config_validator import resolve
 from torchtitan_liger.data import explain_empty_shard
-from torchtitan_liger.head_loss.calls import check_label_range
+from torchtitan_liger.head_loss.checks import check_label_range
 from torchtitan_liger.lm_head import LMHead
 
 

@@ -18,7 +18,12 @@ LAYERS = (
     {"loss_curves_judge", "config_checks"},
     {"loss_curves_words"},
     {"loss_curves_report"},
-    {"head_loss.options", "head_loss.chunking", "head_loss.products"},
+    {
+        "head_loss.options",
+        "head_loss.checks",
+        "head_loss.chunking",
+        "head_loss.products",
+    },
     {"head_loss.statistics", "head_loss.reference", "head_loss.triton_blocks"},
     {"head_loss.triton_statistics", "head_loss.triton_gradients"},
     {"head_loss.triton_one_trip"},

@@ -4,7 +4,7 @@ In the order of a call:
 
     options, *terms, distillation                what is computed
     functional, engine                           the public face
-    calls, sequences, chunking                   arguments are checked, chunks planned
+    calls, checks, sequences, chunking           arguments are checked, chunks planned
     chunked (custom_op: under torch.compile)     the order of the passes, both ways
     passes, products, vocab_parallel             one chunk: products, sweeps, a collective
     sweeps (triton_*: on GPUs)                   logits -> sums, coefficients -> gradient

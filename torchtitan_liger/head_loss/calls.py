@@ -14,7 +14,15 @@ from numbers import Real
 from typing import NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
+
+from torchtitan_liger.head_loss.checks import (
+    check_integers,
+    check_label_range,
+    check_no_dtensor,
+    check_tensors,
+    kind_of,
+)
+from torchtitan_liger.head_loss.options import HeadLossOptions
 
 
 class Call(NamedTuple):
@@ -83,8 +91,9 @@ def per_token(name: str, tensor: torch.Tensor, labels: torch.Tensor) -> torch.Te
     """
     if not isinstance(tensor, torch.Tensor) or tensor.is_complex():
         raise ValueError(
-            f"{name} must be a real tensor like labels, got {_kind(tensor)}"
+            f"{name} must be a real tensor like labels, got {kind_of(tensor)}"
         )
+    check_no_dtensor(name, tensor)
     more = name == "candidates"
     leading = tensor.shape[: labels.ndim] if more else tensor.shape
     fits = leading == labels.shape and tensor.ndim == labels.ndim + more
@@ -112,9 +121,14 @@ def row_inputs_of(
     missing = [name for name in wanted if name not in given]
     unknown = [name for name in given if name not in wanted]
     if missing or unknown:
+        options = HeadLossOptions.__dataclass_fields__
         problems = [
             *(f"{name} is not given" for name in missing),
-            *(f"{name} is read by none of the terms" for name in unknown),
+            *(
+                f"{name} is read by none of the terms"
+                + (", but of HeadLossOptions" if name in options else "")
+                for name in unknown
+            ),
         ]
         raise ValueError(
             f"{', '.join(problems)}; they read {', '.join(wanted) or 'no inputs'}, as "
@@ -182,8 +196,8 @@ def _counted(
     is_array = not compiling and getattr(num_labeled, "ndim", 0) > 0
     if isinstance(num_labeled, str | torch.Tensor) or is_array:
         raise ValueError(
-            "num_labeled must be a whole number, or a list with one for each row of labels, "
-            f"got {_kind(num_labeled)}"
+            "num_labeled must be a whole number, or a list with one for each row of labels "
+            f"(of a tensor: its tolist()), got {kind_of(num_labeled)}"
         )
     if isinstance(num_labeled, Sequence):
         is_wrong = _counts_are_wrong(valid_T, num_labeled)
@@ -242,30 +256,6 @@ def without_bad(
     return call.nan_if(bad.any())
 
 
-def _kind(x: object) -> str:
-    return f"one of {x.dtype}" if isinstance(x, torch.Tensor) else f"{type(x)}"
-
-
-def check_integers(name: str, tensor: torch.Tensor) -> None:
-    """
-    Raises:
-        ValueError: for a dtype that holds no token ids and no positions.
-    """
-    if tensor.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name} must be int64 or int32, got {tensor.dtype}")
-
-
-def check_floats(name: str, dtype: torch.dtype) -> None:
-    """
-    Raises:
-        ValueError: for a dtype that has no products, or no gradients.
-    """
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"{name} must be float64, float32, float16 or bfloat16, got {dtype}"
-        )
-
-
 def masked(x: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
     """Numbers [N] or [N, K] with zeros where tokens are not valid; other tensors as is."""
     if not x.is_floating_point():
@@ -294,49 +284,6 @@ def products_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def check_label_range(labels: torch.Tensor, vocab_size: int, ignore_index: int) -> None:
-    """
-    Raises:
-        ValueError: for a label that is neither in [0, vocab_size) nor `ignore_index`;
-            the message holds the first one's value and position.
-    """
-    labels = labels.long()  # where any `ignore_index` is a number
-    bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
-    if bad.any():
-        raise ValueError(
-            f"{_first('labels', labels, bad)}, which is neither a token id, in "
-            f"[0, {vocab_size}), nor ignore_index ({ignore_index}); {int(bad.sum())} of "
-            f"{labels.numel()} labels are like it"
-        )
-
-
-def check_candidate_range(
-    candidates: torch.Tensor, labels: torch.Tensor, vocab_size: int, ignore_index: int
-) -> None:
-    """
-    Args:
-        candidates: [..., K] beside `labels` [...]; another shape is not for here.
-
-    Raises:
-        ValueError: for a token with a label that has a candidate beyond the vocabulary;
-            the message holds the first one's value and position.
-    """
-    if candidates.shape[:-1] != labels.shape:
-        return
-    bad = (candidates >= vocab_size) & (labels != ignore_index)[..., None]
-    if bad.any():
-        raise ValueError(
-            f"{_first('candidates', candidates, bad)}, which is no token id below "
-            f"{vocab_size}, the size of the vocabulary; a negative one stands for none"
-        )
-
-
-def _first(name: str, tensor: torch.Tensor, bad: torch.Tensor) -> str:
-    """Position and value of the first bad number."""
-    position = tuple(bad.nonzero()[0].tolist())
-    return f"{name}[{', '.join(map(str, position))}] is {tensor[position].item()}"
-
-
 def _inverse(
     normalizer: torch.Tensor | float, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -345,6 +292,7 @@ def _inverse(
     NaN for a tensor that holds no such number: to raise, somebody would have to look at it.
     """
     if isinstance(normalizer, torch.Tensor):
+        check_no_dtensor("normalizer", normalizer)
         if normalizer.numel() != 1 or normalizer.requires_grad:
             raise ValueError(
                 "normalizer must be one number without gradient, got a tensor of shape "
@@ -359,42 +307,5 @@ def _inverse(
         raise ValueError(
             f"normalizer must be a finite number, at least 0, got {normalizer!r}"
         )
-    return torch.full((), 1 / (normalizer or 1), dtype=dtype, device=device)
-
-
-def check_tensors(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
-) -> None:
-    """
-    Raises:
-        ValueError: where kinds, dtypes, shapes or devices do not fit; the message holds
-            what was got.
-    """
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name} must be a tensor, got {_kind(tensor)}")
-        if isinstance(tensor, DTensor):
-            raise ValueError(
-                f"{name} is a DTensor; pass its local tensor, with "
-                "`shard=VocabShard(...)` for a weight whose vocabulary is sharded"
-            )
-    check_floats("hidden", hidden.dtype)
-    check_floats("weight", weight.dtype)
-    if weight.ndim != 2:
-        raise ValueError(f"weight must be [V, D], got {tuple(weight.shape)}")
-    if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            "hidden must be [..., D] with the D of weight [V, D], got hidden "
-            f"{tuple(hidden.shape)} and weight {tuple(weight.shape)}"
-        )
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            "labels must have the shape of hidden without its last dim, got labels "
-            f"{tuple(labels.shape)} and hidden {tuple(hidden.shape)}"
-        )
-    check_integers("labels", labels)
-    if not hidden.device == weight.device == labels.device:
-        raise ValueError(
-            "hidden, weight and labels must be on one device, got "
-            f"{hidden.device}, {weight.device} and {labels.device}"
-        )
+    # Of a graph an input, where `full` would make it a constant.
+    return torch.ones((), dtype=dtype, device=device) / (normalizer or 1)

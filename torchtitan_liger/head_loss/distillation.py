@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from torchtitan_liger.head_loss.calls import check_floats
+from torchtitan_liger.head_loss.checks import check_floats, check_no_dtensor
 from torchtitan_liger.head_loss.options import check_number, check_transform
 from torchtitan_liger.head_loss.statistics import Statistics
 from torchtitan_liger.head_loss.terms import Rows, Term, check_choice
@@ -45,6 +45,8 @@ class Teacher:
                 raise ValueError(
                     f"the teacher's {name} must be a tensor, got {type(given)}"
                 )
+            if given is not None:
+                check_no_dtensor(f"the teacher's {name}", given)
         check_transform("the teacher's ", self.logit_softcap, self.temperature)
 
     @property

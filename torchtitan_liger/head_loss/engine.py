@@ -88,7 +88,8 @@ class HeadLoss:
         Args:
             terms: what is summed up.
             options: None for the defaults.
-            impl: "chunked", or "reference" for full logits.
+            impl: "chunked", or "reference" for full logits, which has `CrossEntropy()`
+                alone, or with a `ZLoss` after it.
 
         Raises:
             ValueError: for terms that contradict each other, options or `impl`.
@@ -157,8 +158,9 @@ class HeadLoss:
                 without any label has loss 0 and gradients 0.
             token_weights: [...] factor of each token's loss, all terms alike, with an
                 exact gradient. Tokens of weight 0 are computed, and count in the metrics.
-            reduction: "none" gives [...] losses. Their gradients are exact for any
-                incoming gradient, at the price of computing the logits twice.
+            reduction: "none" gives [...] losses, and neither terms nor metrics. Their
+                gradients are exact for any incoming gradient, at the price of computing
+                the logits twice. Not with token weights or terms over sequences.
             shard: which columns `weight` holds, when the vocabulary is sharded. The
                 gradient of `hidden` is then this rank's share of a sum over the group.
             teacher: the other model, for a distillation.
@@ -192,6 +194,8 @@ class HeadLoss:
             check_labels=check_labels,
         )
         vocab_size = weight.shape[0] if shard is None else shard.vocab_size
+        if shard is not None:
+            shard.check(weight.shape[0])
         if token_weights is not None:
             if reduction == "none":
                 raise ValueError(

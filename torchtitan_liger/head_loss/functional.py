@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from torchtitan_liger.head_loss.calls import check_tensors
+from torchtitan_liger.head_loss.checks import check_tensors
 from torchtitan_liger.head_loss.engine import EngineImpl, HeadLoss
-from torchtitan_liger.head_loss.options import HeadLossOptions
+from torchtitan_liger.head_loss.options import HeadLossOptions, check_number
 from torchtitan_liger.head_loss.terms import plain_terms
 from torchtitan_liger.head_loss.vocab_parallel import replicated, shard_of
 
@@ -116,10 +115,10 @@ def _head_loss(
     impl: EngineImpl, label_smoothing: float, z_loss: float, **options: Any
 ) -> HeadLoss:
     # A tensor is no constant of a graph, whatever it compares to.
-    if not isinstance(label_smoothing, Real):
-        raise ValueError(f"label_smoothing must be a number, got {label_smoothing!r}")
-    if not (isinstance(z_loss, Real) and 0 <= z_loss < math.inf):
-        raise ValueError(f"z_loss must be 0 (off) or a positive number, got {z_loss!r}")
+    wanted = "in [0, 1)"
+    check_number("label_smoothing", label_smoothing, wanted, lambda x: 0 <= x < 1)
+    wanted = "0 (off) or a positive number"
+    check_number("z_loss", z_loss, wanted, lambda x: 0 <= x < math.inf)
     terms = plain_terms(float(label_smoothing), float(z_loss))
     return HeadLoss(terms, HeadLossOptions(**options), impl=impl)
 

@@ -10,12 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from torchtitan_liger.head_loss.calls import (
-    Call,
-    check_integers,
-    per_token,
-    without_bad,
-)
+from torchtitan_liger.head_loss.calls import Call, per_token, without_bad
+from torchtitan_liger.head_loss.checks import check_integers
 from torchtitan_liger.head_loss.chunking import ChunkPlan
 
 

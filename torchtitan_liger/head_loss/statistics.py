@@ -19,20 +19,33 @@ class Statistics(NamedTuple):
     """What a term may ask for, one number per token, each [C] in float32 (or float64).
 
     With logits `z`, label `y`, `p = softmax(z)`, and a teacher's `q = softmax(v)`:
+
+        logp             log p_y
+        lse              log sum_j exp z_j
+        max_logp         max_j log p_j; without gradient
+        vocab_size       the number of columns of all ranks
+        uniform_ce       -mean_j log p_j
+        entropy          -sum_j p_j log p_j
+        p2               sum_j p_j ** 2
+        logp_k           [C, K] log p of the row input `candidates`
+        kl_fwd           sum_j q_j (log q_j - log p_j)
+        kl_rev           sum_j p_j (log p_j - log q_j)
+        jsd              b KL(q|m) + (1-b) KL(p|m), m = b q + (1-b) p
+        teacher_entropy  of q; without gradient
     """
 
-    logp: torch.Tensor  # log p_y
-    lse: torch.Tensor  # log sum_j exp z_j
-    max_logp: torch.Tensor  # max_j log p_j; without gradient
-    vocab_size: int  # of all ranks
-    uniform_ce: torch.Tensor | None = None  # -mean_j log p_j
-    entropy: torch.Tensor | None = None  # -sum_j p_j log p_j
-    p2: torch.Tensor | None = None  # sum_j p_j ** 2
-    logp_k: torch.Tensor | None = None  # [C, K] log p of the row input `candidates`
-    kl_fwd: torch.Tensor | None = None  # sum_j q_j (log q_j - log p_j)
-    kl_rev: torch.Tensor | None = None  # sum_j p_j (log p_j - log q_j)
-    jsd: torch.Tensor | None = None  # b KL(q|m) + (1-b) KL(p|m), m = b q + (1-b) p
-    teacher_entropy: torch.Tensor | None = None  # of q; without gradient
+    logp: torch.Tensor
+    lse: torch.Tensor
+    max_logp: torch.Tensor
+    vocab_size: int
+    uniform_ce: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    p2: torch.Tensor | None = None
+    logp_k: torch.Tensor | None = None
+    kl_fwd: torch.Tensor | None = None
+    kl_rev: torch.Tensor | None = None
+    jsd: torch.Tensor | None = None
+    teacher_entropy: torch.Tensor | None = None
 
 
 OPTIONAL = frozenset(Statistics._field_defaults)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from numbers import Real
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -338,10 +337,9 @@ def check_terms(terms: Sequence[Term]) -> None:
         if not (isinstance(term.needs, Set) and isinstance(term.inputs, Set)):
             raise ValueError(f"`needs` and `inputs` of {term} must be sets of names")
     names = [getattr(term, "name", None) for term in terms]
-    if None in names:
-        raise ValueError(
-            f'a term needs a name (name: str = "..."), got {terms[names.index(None)]!r}'
-        )
+    for term, name in zip(terms, names, strict=True):
+        if not (isinstance(name, str) and name):
+            raise ValueError(f'a term needs a name (name: str = "..."), got {term!r}')
     if not names:
         raise ValueError("a head loss needs at least one term")
     if len(set(names)) < len(names):
@@ -352,10 +350,10 @@ def check_terms(terms: Sequence[Term]) -> None:
                 f"the term {term.name} needs {', '.join(unknown)}; there are "
                 f"{', '.join(sorted(OPTIONAL))}"
             )
-        if not isinstance(term.weight, Real) or not math.isfinite(term.weight):
-            raise ValueError(
-                f"the weight of {term.name} must be a finite number, got {term.weight!r}"
-            )
+        weight = getattr(term, "weight", None)
+        check_number(
+            f"the weight of {term.name}", weight, "a finite number", math.isfinite
+        )
         if "logp_k" in term.needs and "candidates" not in term.inputs:
             raise ValueError(
                 f"the term {term.name} needs logp_k, which is of the row input candidates: "

@@ -23,13 +23,32 @@ class VocabShard:
     """Which columns of the vocabulary this rank holds.
 
     Shards may be uneven and even empty; together, in the group's order, they cover the
-    vocabulary once.
+    vocabulary once. That they do nobody looks at; `linear_cross_entropy` learns it from
+    the ranks itself.
     """
 
-    start: int  # first column
-    vocab_size: int  # columns of all ranks
-    widest: int  # columns of the largest shard: all ranks cut their tokens alike
+    start: int
+    """The first column."""
+    vocab_size: int
+    """Columns of all ranks."""
+    widest: int
+    """Columns of the largest shard: all ranks cut their tokens alike."""
     group: dist.ProcessGroup
+    """The ranks."""
+
+    def check(self, num_columns: int) -> None:
+        """
+        Raises:
+            ValueError: where this rank's columns cannot be such a shard.
+        """
+        numbers = self.start, self.vocab_size, self.widest
+        fits = (
+            all(isinstance(x, int) for x in numbers)
+            and 0 <= self.start <= self.start + num_columns <= self.vocab_size
+            and num_columns <= self.widest <= self.vocab_size
+        )
+        if not fits or self.group is None:
+            raise ValueError(f"a weight of {num_columns} rows is no {self}")
 
 
 def exchange(
@@ -72,9 +91,13 @@ def shard_of(weight_vD: torch.Tensor, group: dist.ProcessGroup) -> VocabShard:
     Not once for each size: ranks may have one in common where others have two.
 
     Raises:
-        ValueError: for a weight that has another size than at its first call: other ranks
-            would have to know.
+        ValueError: for what is no group; for a weight that has another size than at its
+            first call: other ranks would have to know.
     """
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"tp_group must be a process group, such as a mesh's get_group(), got {group!r}"
+        )
     of_weight = _shards.setdefault(weight_vD, {})
     if group not in of_weight:
         size = torch.tensor([len(weight_vD)], device=weight_vD.device)

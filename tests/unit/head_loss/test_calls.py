@@ -8,7 +8,10 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
 import torchtitan_liger.head_loss.sweeps as torch_sweeps
@@ -19,6 +22,7 @@ from torchtitan_liger.head_loss import (
     HeadLoss,
     Teacher,
     Unlikelihood,
+    VocabShard,
     chunking,
     functional,
     linear_cross_entropy,
@@ -242,6 +246,7 @@ def test_inputs_that_do_not_fit_are_named(change, message):
         ("label_smoothing", -0.1),
         ("z_loss", -1e-4),
         ("z_loss", float("nan")),
+        ("z_loss", True),
         ("logit_softcap", -30.0),
         ("acc_dtype", torch.float16),
         ("logits_memory_mib", -1),
@@ -457,3 +462,65 @@ def test_no_more_labels_than_tokens():
     problem = Problem(T=5)
     with pytest.raises(ValueError, match=r"whole number in \[0, 5\], got 6"):
         HeadLoss()(problem.hidden, problem.weight, problem.labels, num_labeled=6)
+
+
+@pytest.mark.parametrize(
+    ("columns", "numbers"),
+    [
+        (11, (1, 11, 11)),  # beyond the last column
+        (11, (-3, 11, 11)),
+        (6, (0, 11, 5)),  # wider than the widest
+        (6, (0, 11, 12)),
+        (6, (0.0, 11, 6)),
+        (6, (0, 11.0, 6)),
+    ],
+)
+def test_a_shard_that_the_weight_is_not_is_named(columns, numbers):
+    hidden, labels = torch.zeros(4, 8), torch.zeros(4, dtype=torch.long)
+    shard = VocabShard(*numbers, group=object())
+    with pytest.raises(
+        ValueError, match=f"of {columns} rows is no VocabShard.start={numbers[0]},"
+    ):
+        HeadLoss()(hidden, torch.zeros(columns, 8), labels, shard=shard)
+
+
+def test_a_shard_and_a_sharded_vocabulary_have_a_group():
+    hidden, labels = torch.zeros(4, 8), torch.zeros(4, dtype=torch.long)
+    weight = torch.zeros(11, 8)
+    with pytest.raises(ValueError, match="is no VocabShard.*group=None"):
+        HeadLoss()(hidden, weight, labels, shard=VocabShard(0, 11, 11, None))
+    with pytest.raises(ValueError, match=r"such as a mesh's get_group\(\), got 'tp'"):
+        linear_cross_entropy(hidden, weight, labels, tp_group="tp")
+
+
+def test_a_setting_given_to_a_call_is_sent_to_the_options():
+    problem = Problem()
+    args = problem.hidden, problem.weight, problem.labels
+    with pytest.raises(ValueError, match="temperature is .*, but of HeadLossOptions;"):
+        HeadLoss()(*args, temperature=2.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["hidden", "weight", "labels", "token_weights", "normalizer", "teacher"]
+)
+def test_a_dtensor_is_named_with_what_to_give_instead(name):
+    tensors = {
+        "hidden": torch.zeros(4, 8),
+        "weight": torch.zeros(11, 8),
+        "labels": torch.zeros(4, dtype=torch.long),
+        "token_weights": torch.ones(4),
+        "normalizer": torch.ones(()),
+        "teacher": torch.zeros(4, 11),
+    }
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        tensors[name] = DTensor.from_local(tensors[name], mesh, [Replicate()])
+        logits, head = (
+            tensors.pop("teacher"),
+            HeadLoss([CrossEntropy(), Distillation()]),
+        )
+        with pytest.raises(ValueError, match=f"{name}.* is a DTensor, .*full_tensor"):
+            head(**tensors, teacher=Teacher(logits=logits))
+    finally:
+        dist.destroy_process_group()

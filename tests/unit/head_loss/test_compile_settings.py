@@ -123,3 +123,16 @@ def test_settings_out_of_range_are_told_as_without_a_graph(
     error = torch._dynamo.exc.Unsupported if fullgraph else ValueError
     with pytest.raises(error, match=f"temperature {message}"):
         compiled(loss_of, fullgraph=fullgraph)(batch())
+
+
+def test_a_number_as_the_normalizer_may_change_between_calls():
+    """Where it is made a constant, so many numbers are more graphs than torch allows."""
+    head, inputs = HeadLoss(), batch()
+
+    def loss_of(b: Batch, number: float) -> torch.Tensor:
+        return head(b.hidden, b.weight, b.labels, normalizer=number).loss
+
+    compiled_once = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
+    for number in range(12):
+        got = compiled_once(inputs, 3.0 + number)
+        torch.testing.assert_close(got, loss_of(inputs, 3.0 + number))

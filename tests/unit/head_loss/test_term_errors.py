@@ -60,6 +60,9 @@ def own(**attributes):
         (lambda: HeadLoss([own(needs=("entropy",))]), "must be sets of names"),
         (lambda: HeadLoss([own(weight="1")]), "must be a finite number, got '1'"),
         (lambda: HeadLoss([own(weight=None)]), "must be a finite number, got None"),
+        (lambda: HeadLoss([own(weight=True)]), "must be a finite number, got True"),
+        (lambda: HeadLoss([own(name="")]), "a term needs a name"),
+        (lambda: HeadLoss([own(name=3)]), "a term needs a name"),
         (lambda: HeadLoss([own(needs="entropy")]), "must be sets of names"),
         (lambda: HeadLoss([own(inputs="margin")]), "must be sets of names"),
         (

@@ -139,7 +139,7 @@ def sequences_of(
     is_integer = isinstance(num_sequences, Integral) and type(num_sequences) is not bool
     if not is_integer or num_sequences < 1:
         raise ValueError(
-            f"num_sequences must be a whole number, at least 1, got {num_sequences}"
+            f"num_sequences must be a whole number, at least 1, got {num_sequences!r}"
         )
     known_T = (ids_T >= 0) & (ids_T < num_sequences)
     bad_T = call.valid_T & ~known_T  # an ignored token may belong to none

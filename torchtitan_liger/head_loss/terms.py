@@ -80,7 +80,10 @@ class Term:
         over them, is a `SequenceTerm`. It is asked several times, and has to give the same
         each time; it may not change what it reads, and has no parameters to learn.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no loss(stats, rows)")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no loss(stats, rows); with a sequence_loss it is a "
+            "SequenceTerm"
+        )
 
     def metrics(self, stats: Statistics, rows: Rows) -> Sequence[torch.Tensor]:
         """Numbers to report of each token, [C] each; without gradient."""
@@ -336,6 +339,8 @@ def check_terms(terms: Sequence[Term]) -> None:
             )
         if not (isinstance(term.needs, Set) and isinstance(term.inputs, Set)):
             raise ValueError(f"`needs` and `inputs` of {term} must be sets of names")
+        if isinstance(term.metric_names, str):
+            raise ValueError(f"`metric_names` of {term} must be a sequence of names")
     names = [getattr(term, "name", None) for term in terms]
     for term, name in zip(terms, names, strict=True):
         if not (isinstance(name, str) and name):

@@ -39,7 +39,7 @@ from torchtitan_liger.head_loss import (
         ),
         (
             {"sequence_ids": torch.zeros(27).long(), "num_sequences": "3"},
-            "whole number, at least 1, got 3",
+            "whole number, at least 1, got '3'",
         ),
         ({"sequence_ids": None}, "belong together"),
     ],
@@ -273,10 +273,13 @@ def test_wrong_numbers_of_labels_are_an_error_or_make_the_loss_nan(wrong, produc
     [
         ([14, 17, 13, 15], "has 4 rows, but there are 12 sequences"),
         ([9] * 7, "has 7 rows, which 108 tokens are not"),
-        (torch.ones(12), "a list with one for each row of labels, got one of torch"),
-        (np.ones(12), "a list with one for each row of labels, got .*ndarray"),
+        (
+            torch.ones(12),
+            r"one for each row of labels \(of a tensor: its tolist\(\)\), got one of torch",
+        ),
+        (np.ones(12), "a list with one for each row of labels .*, got .*ndarray"),
         (True, r"a whole number in \[0, 108\], got True"),
-        ("9", "a list with one for each row of labels, got .*str"),
+        ("9", "a list with one for each row of labels .*, got .*str"),
     ],
 )
 def test_what_are_no_numbers_of_labels_is_an_error(counts, message):

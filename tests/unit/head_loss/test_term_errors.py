@@ -70,6 +70,7 @@ def own(**attributes):
             "reads the input labels, which is",
         ),
         (lambda: HeadLoss([own(metric_names=("a", "a"))]), "metrics of different"),
+        (lambda: HeadLoss([own(metric_names="acc")]), "must be a sequence of names"),
         (
             lambda: HeadLoss(
                 [

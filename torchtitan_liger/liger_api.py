@@ -149,7 +149,6 @@ class LigerHeadLoss:
             weight,
             labels,
             normalizer=normalizer,
-            vocab_size=None,
             ignore_index=self.options.ignore_index,
             check_labels=check_labels,
         )

@@ -9,7 +9,7 @@ import torchtitan.tools.utils as torchtitan_utils
 from torchtitan.config import JobConfig
 
 from tests.conftest import HAS_GPU
-from tests.helpers import ROOT, run_command
+from tests.helpers import ROOT, python_env, run_command
 from torchtitan_liger import device
 
 MIB = 2**20
@@ -74,7 +74,8 @@ train.main()
 
 
 def test_a_thread_that_needs_the_gil_gets_it_before_the_interpreter_ends():
-    run = run_command(sys.executable, "-c", LATE_THREAD, cwd=ROOT)
+    env = python_env(LOCAL_RANK="0")
+    run = run_command(sys.executable, "-c", LATE_THREAD, cwd=ROOT, env=env)
     assert run.returncode == 0, run.stdout
     assert run.stdout.endswith("let go\n")
 

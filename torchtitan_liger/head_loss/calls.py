@@ -8,9 +8,9 @@ gradients: nobody has to wait for the GPU to find it.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torchtitan_liger.head_loss.checks import (
     kind_of,
 )
 from torchtitan_liger.head_loss.options import HeadLossOptions
+from torchtitan_liger.head_loss.vocab_parallel import VocabShard, check_shard
 
 
 class Call(NamedTuple):
@@ -47,21 +48,21 @@ def prepare(
     labels: torch.Tensor,
     *,
     normalizer: torch.Tensor | float,
-    vocab_size: int | None,
     ignore_index: int,
     check_labels: bool,
+    shard: VocabShard | None = None,
 ) -> Call:
     """Check the arguments of `HeadLoss.__call__`.
 
-    Args:
-        vocab_size: None for as many as `weight` has rows.
-
     Raises:
-        ValueError: where shapes, dtypes, devices, the normalizer or, with `check_labels`,
-            the labels do not fit; the message holds what was got.
+        ValueError: where shapes, dtypes, devices, the normalizer, the shard or, with
+            `check_labels`, the labels do not fit; the message holds what was got.
     """
     check_tensors(hidden, weight, labels)
-    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
+    vocab_size = weight.shape[0]
+    if shard is not None:
+        check_shard(shard, vocab_size)
+        vocab_size = shard.vocab_size
     if vocab_size == 0:
         raise ValueError(f"there is no vocabulary: weight is {tuple(weight.shape)}")
     if check_labels and not torch.compiler.is_compiling():
@@ -199,18 +200,16 @@ def _counted(
             "num_labeled must be a whole number, or a list with one for each row of labels "
             f"(of a tensor: its tolist()), got {kind_of(num_labeled)}"
         )
-    if isinstance(num_labeled, Sequence):
-        is_wrong = _counts_are_wrong(valid_T, num_labeled)
-        num_labeled = sum(num_labeled)
-    else:
-        is_wrong = valid_T.sum() != num_labeled
     num_tokens = valid_T.numel()
-    is_none = isinstance(num_labeled, float | bool)
-    if is_none or not 0 <= num_labeled <= num_tokens:
+    counts = num_labeled if isinstance(num_labeled, Sequence) else [num_labeled]
+    are_counts = all(isinstance(x, Integral) and type(x) is not bool for x in counts)
+    if not are_counts or not 0 <= sum(counts) <= num_tokens:
         raise ValueError(
             f"num_labeled must be a whole number in [0, {num_tokens}], got {num_labeled}"
         )
-    return num_labeled, is_wrong
+    if isinstance(num_labeled, Sequence):
+        return sum(counts), _counts_are_wrong(valid_T, counts)
+    return num_labeled, valid_T.sum() != num_labeled
 
 
 def _counts_are_wrong(valid_T: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -303,9 +302,11 @@ def _inverse(
         return torch.where(
             value == 0, 1.0, torch.where(usable, value, torch.nan)
         ).reciprocal()
-    if not isinstance(normalizer, Real) or not 0 <= normalizer < math.inf:
+    # A graph forgets that it compared with infinity.
+    largest = sys.float_info.max
+    if not isinstance(normalizer, Real) or not 0 <= float(normalizer) <= largest:
         raise ValueError(
             f"normalizer must be a finite number, at least 0, got {normalizer!r}"
         )
     # Of a graph an input, where `full` would make it a constant.
-    return torch.ones((), dtype=dtype, device=device) / (normalizer or 1)
+    return torch.ones((), dtype=dtype, device=device) / float(normalizer or 1)

@@ -189,13 +189,11 @@ class HeadLoss:
             weight,
             labels,
             normalizer=normalizer,
-            vocab_size=None if shard is None else shard.vocab_size,
             ignore_index=self.options.ignore_index,
             check_labels=check_labels,
+            shard=shard,
         )
         vocab_size = weight.shape[0] if shard is None else shard.vocab_size
-        if shard is not None:
-            shard.check(weight.shape[0])
         if token_weights is not None:
             if reduction == "none":
                 raise ValueError(

@@ -132,9 +132,11 @@ class UnpairedPreference(SequenceTerm):
     spread evenly over its tokens, so the sum over tokens is the sum over sequences, and
     their number the normalizer.
 
-    Reported for each token: whether r - z has the right sign (`accuracy`), whether the
-    sequence is `desirable`, and `r`, of desirable sequences (`chosen`, else 0) and of others
-    (`rejected`, else 0): divided by `desirable`, and by 1 - `desirable`, these are means.
+    Reported for each token, so that with the number of tokens as the normalizer these are
+    means over tokens, longer sequences counting more: whether r - z has the right sign
+    (`accuracy`), whether the sequence is `desirable`, and `r`, of desirable sequences
+    (`chosen`, else 0) and of others (`rejected`, else 0). The mean over desirable ones is
+    then `chosen` / `desirable`, and over others `rejected` / (1 - `desirable`).
 
     Rows: `ref_logp`; `desirable`, True or 1 on all tokens of such a sequence, else 0;
     `reference_point`.
@@ -160,11 +162,12 @@ class UnpairedPreference(SequenceTerm):
     ) -> torch.Tensor:
         gain, is_desirable = self._gain(stats, rows, sequences)
         above = self.beta * (gain - rows["reference_point"])
-        is_above = above > 0
+        margin = torch.where(is_desirable, above, -above)
+        is_right = margin > 0
         # Of the side where it is small: beside 1 there is nothing left of its slope.
-        small = torch.sigmoid(torch.where(is_above, -above, above))
-        good = self.desirable_weight * torch.where(is_above, small, 1 - small)
-        bad = self.undesirable_weight * torch.where(is_above, 1 - small, small)
+        small = torch.sigmoid(torch.where(is_right, -margin, margin))
+        loss = torch.where(is_right, small, 1 - small)
+        good, bad = self.desirable_weight * loss, self.undesirable_weight * loss
         lengths = sequences.lengths(stats.logp)
         return torch.where(is_desirable, good, bad) / sequences.spread(lengths)
 
@@ -175,7 +178,10 @@ class UnpairedPreference(SequenceTerm):
         point = rows["reference_point"]
         is_right = torch.where(is_desirable, gain > point, gain < point)
         chosen = torch.where(is_desirable, gain, 0.0)
-        return [is_right, is_desirable, chosen, gain - chosen]
+        rejected = torch.where(
+            is_desirable, 0.0, gain
+        )  # of infinite ones no difference
+        return [is_right, is_desirable, chosen, rejected]
 
     def _gain(
         self, stats: Statistics, rows: Rows, sequences: Sequences

@@ -328,9 +328,8 @@ def jsd_beta_of(terms: Sequence[Term]) -> float:
 def check_terms(terms: Sequence[Term]) -> None:
     """
     Raises:
-        ValueError: for no terms, for what is no term, for two of one name, for a weight
-            that is no number, for a statistic that does not exist or that is not asked
-            for, or for two that need one thing in two ways.
+        ValueError: for no terms, for what is no term, for attributes that are not what
+            `Term` says, for two of one name, and for two that need one thing in two ways.
     """
     for term in terms:
         if not isinstance(term, Term):
@@ -357,7 +356,7 @@ def check_terms(terms: Sequence[Term]) -> None:
             )
         weight = getattr(term, "weight", None)
         check_number(
-            f"the weight of {term.name}", weight, "a finite number", math.isfinite
+            f"the weight of {term.name}", weight, "a finite int or float", math.isfinite
         )
         if "logp_k" in term.needs and "candidates" not in term.inputs:
             raise ValueError(

@@ -36,19 +36,22 @@ class VocabShard:
     group: dist.ProcessGroup
     """The ranks."""
 
-    def check(self, num_columns: int) -> None:
-        """
-        Raises:
-            ValueError: where this rank's columns cannot be such a shard.
-        """
-        numbers = self.start, self.vocab_size, self.widest
-        fits = (
-            all(isinstance(x, int) for x in numbers)
-            and 0 <= self.start <= self.start + num_columns <= self.vocab_size
-            and num_columns <= self.widest <= self.vocab_size
-        )
-        if not fits or self.group is None:
-            raise ValueError(f"a weight of {num_columns} rows is no {self}")
+
+def check_shard(shard: VocabShard, num_columns: int) -> None:
+    """
+    Raises:
+        ValueError: where a weight with so many rows cannot be this shard.
+    """
+    if not isinstance(shard, VocabShard):
+        raise ValueError(f"shard must be a VocabShard, got {shard!r}")
+    numbers = shard.start, shard.vocab_size, shard.widest
+    fits = (
+        all(isinstance(x, int) for x in numbers)
+        and 0 <= shard.start <= shard.start + num_columns <= shard.vocab_size
+        and num_columns <= shard.widest <= shard.vocab_size
+    )
+    if not fits or shard.group is None:
+        raise ValueError(f"a weight of {num_columns} rows is no {shard}")
 
 
 def exchange(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import re
+from fractions import Fraction
 from functools import partial
 
 import pytest
@@ -119,7 +120,7 @@ def test_a_normalizer_may_be_any_tensor_of_one_element(impl):
         HeadLoss(impl=impl)(
             problem.hidden, problem.weight, problem.labels, normalizer=normalizer
         ).loss
-        for normalizer in (7, 7.0, torch.tensor(7), torch.tensor([7.0]))
+        for normalizer in (7, Fraction(7), torch.tensor(7), torch.tensor([7.0]))
     ]
     assert all(loss.shape == () for loss in losses)
     assert all(torch.equal(loss, losses[0]) for loss in losses)
@@ -422,7 +423,9 @@ def test_autocast_leaves_float64_alone():
     assert max(ours.errors(truth).values()) < 1e-12
 
 
-@pytest.mark.parametrize("normalizer", [None, "7", -1, float("nan"), (3,), 1j])
+@pytest.mark.parametrize(
+    "normalizer", [None, "7", -1, float("nan"), float("inf"), (3,), 1j]
+)
 def test_a_normalizer_is_a_number(normalizer):
     problem = Problem(T=5)
     with pytest.raises(ValueError, match=re.escape(f"at least 0, got {normalizer!r}")):
@@ -471,6 +474,7 @@ def test_no_more_labels_than_tokens():
         (11, (-3, 11, 11)),
         (6, (0, 11, 5)),  # wider than the widest
         (6, (0, 11, 12)),
+        (11, (0, 0, 11)),
         (6, (0.0, 11, 6)),
         (6, (0, 11.0, 6)),
     ],

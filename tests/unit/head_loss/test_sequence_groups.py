@@ -278,6 +278,8 @@ def test_wrong_numbers_of_labels_are_an_error_or_make_the_loss_nan(wrong, produc
             r"one for each row of labels \(of a tensor: its tolist\(\)\), got one of torch",
         ),
         (np.ones(12), "a list with one for each row of labels .*, got .*ndarray"),
+        (np.array(9), r"a whole number in \[0, 108\], got 9"),
+        ([[9] * 12], r"a whole number in \[0, 108\], got \[\["),
         (True, r"a whole number in \[0, 108\], got True"),
         ("9", "a list with one for each row of labels .*, got .*str"),
     ],

@@ -332,6 +332,19 @@ def test_long_sequences_are_as_exact_in_float32(term):
         assert ours[name] < 2 * of_plain[name] + of_sum, (name, ours, of_plain)
 
 
+def test_an_answer_without_a_chance_leaves_the_others_metrics_alone():
+    problem = Problem(T=B * L, D=16, V=101, ignored=0)
+    problem.rows = {
+        "ref_logp": torch.zeros(B * L),
+        "desirable": (torch.arange(B) < 4).repeat_interleave(L),
+        "reference_point": torch.zeros(B * L),
+    }
+    problem.rows["ref_logp"][0] = -torch.inf  # as of a reference that keeps the top k
+    metrics = reported(problem, UnpairedPreference())
+    assert metrics["chosen"] == torch.inf
+    assert -1e3 < metrics["rejected"] < 0
+
+
 def test_kto_learns_from_a_model_that_is_its_reference():
     """There the two sides of its sigmoid meet."""
     problem = Problem(T=B * L, D=16, V=101, ignored=0)

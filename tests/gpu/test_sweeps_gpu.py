@@ -60,7 +60,7 @@ def test_sure_tokens_keep_their_gradient(monkeypatch, num_parts, gap):
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str
 )
-@pytest.mark.parametrize("num_parts", [3, 9, 33])
+@pytest.mark.parametrize("num_parts", [2, 9, 33])
 def test_a_row_in_parts_is_a_row(monkeypatch, dtype, transform, needs, num_parts):
     monkeypatch.setattr(triton_sweeps, "TRIP_COLUMNS", -(-V // num_parts))
     g = torch.Generator("cuda").manual_seed(0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -18,8 +18,9 @@ import torch
 from torchtitan_liger.head_loss.checks import (
     check_integers,
     check_label_range,
-    check_no_dtensor,
+    check_tensor,
     check_tensors,
+    is_whole,
     kind_of,
 )
 from torchtitan_liger.head_loss.options import HeadLossOptions
@@ -32,6 +33,7 @@ class Call(NamedTuple):
     hidden_TD: torch.Tensor
     labels_T: torch.Tensor  # int64, each in [0, V) or the ignored index
     valid_T: torch.Tensor  # which of them are in [0, V)
+    vocab_size: int  # V, of all ranks
     # [] 1 / normalizer, in the dtype of everything between logits and loss; NaN if a
     # label was neither
     scale: torch.Tensor
@@ -78,6 +80,7 @@ def prepare(
         hidden_TD=hidden.reshape(labels.numel(), hidden.shape[-1]),
         labels_T=torch.where(valid_T, labels_T, ignore_index),
         valid_T=valid_T,
+        vocab_size=vocab_size,
         scale=scale.masked_fill(is_wrong, torch.nan),
         products_dtype=dtype,
     )
@@ -94,7 +97,7 @@ def per_token(name: str, tensor: torch.Tensor, labels: torch.Tensor) -> torch.Te
         raise ValueError(
             f"{name} must be a real tensor like labels, got {kind_of(tensor)}"
         )
-    check_no_dtensor(name, tensor)
+    check_tensor(name, tensor)
     more = name == "candidates"
     leading = tensor.shape[: labels.ndim] if more else tensor.shape
     fits = leading == labels.shape and tensor.ndim == labels.ndim + more
@@ -202,8 +205,7 @@ def _counted(
         )
     num_tokens = valid_T.numel()
     counts = num_labeled if isinstance(num_labeled, Sequence) else [num_labeled]
-    are_counts = all(isinstance(x, Integral) and type(x) is not bool for x in counts)
-    if not are_counts or not 0 <= sum(counts) <= num_tokens:
+    if not all(map(is_whole, counts)) or not 0 <= sum(counts) <= num_tokens:
         raise ValueError(
             f"num_labeled must be a whole number in [0, {num_tokens}], got {num_labeled}"
         )
@@ -225,10 +227,7 @@ def _counts_are_wrong(valid_T: torch.Tensor, counts: Sequence[int]) -> torch.Ten
 
 
 def check_candidates(
-    call: Call,
-    candidates_TK: torch.Tensor,
-    vocab_size: int,
-    check_labels: bool,
+    call: Call, candidates_TK: torch.Tensor, check_labels: bool
 ) -> Call:
     """The call; its scale is NaN if a token with a label has a candidate beyond the
     vocabulary.
@@ -237,8 +236,8 @@ def check_candidates(
         ValueError: for such a candidate, with `check_labels`; for no integers.
     """
     check_integers("candidates", candidates_TK)
-    bad_TK = (candidates_TK >= vocab_size) & call.valid_T[:, None]
-    rule = f"candidates must be below {vocab_size}, the size of the vocabulary"
+    bad_TK = (candidates_TK >= call.vocab_size) & call.valid_T[:, None]
+    rule = f"candidates must be below {call.vocab_size}, the size of the vocabulary"
     return without_bad(call, candidates_TK, bad_TK, rule, check_labels)
 
 
@@ -291,7 +290,7 @@ def _inverse(
     NaN for a tensor that holds no such number: to raise, somebody would have to look at it.
     """
     if isinstance(normalizer, torch.Tensor):
-        check_no_dtensor("normalizer", normalizer)
+        check_tensor("normalizer", normalizer)
         if normalizer.numel() != 1 or normalizer.requires_grad:
             raise ValueError(
                 "normalizer must be one number without gradient, got a tensor of shape "

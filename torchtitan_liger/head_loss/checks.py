@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -18,9 +20,7 @@ def check_tensors(
             what was got.
     """
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name} must be a tensor, got {kind_of(tensor)}")
-        check_no_dtensor(name, tensor)
+        check_tensor(name, tensor)
     check_floats("hidden", hidden.dtype)
     check_floats("weight", weight.dtype)
     if weight.ndim != 2:
@@ -43,11 +43,13 @@ def check_tensors(
         )
 
 
-def check_no_dtensor(name: str, tensor: torch.Tensor) -> None:
+def check_tensor(name: str, tensor: object) -> None:
     """
     Raises:
-        ValueError: for a DTensor.
+        ValueError: for what is no tensor, and for a DTensor.
     """
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, got {kind_of(tensor)}")
     if isinstance(tensor, DTensor):
         raise ValueError(
             f"{name} is a DTensor, {tensor.placements}: give its full_tensor(), or, where "
@@ -117,6 +119,11 @@ def _first(name: str, tensor: torch.Tensor, bad: torch.Tensor) -> str:
     """Position and value of the first bad number."""
     position = tuple(bad.nonzero()[0].tolist())
     return f"{name}[{', '.join(map(str, position))}] is {tensor[position].item()}"
+
+
+def is_whole(x: object) -> bool:
+    """Whether this is a whole number: of Python or numpy, but no bool."""
+    return isinstance(x, Integral) and type(x) is not bool
 
 
 def kind_of(x: object) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from torchtitan_liger.head_loss.checks import check_floats, check_no_dtensor
+from torchtitan_liger.head_loss.checks import check_floats, check_tensor
 from torchtitan_liger.head_loss.options import check_number, check_transform
 from torchtitan_liger.head_loss.statistics import Statistics
 from torchtitan_liger.head_loss.terms import Rows, Term, check_choice
@@ -40,13 +40,8 @@ class Teacher:
         if not (both if self.logits is None else neither):
             raise ValueError("a teacher has either logits, or hidden and weight")
         for name in ("logits", "hidden", "weight"):
-            given = getattr(self, name)
-            if not (given is None or isinstance(given, torch.Tensor)):
-                raise ValueError(
-                    f"the teacher's {name} must be a tensor, got {type(given)}"
-                )
-            if given is not None:
-                check_no_dtensor(f"the teacher's {name}", given)
+            if (given := getattr(self, name)) is not None:
+                check_tensor(f"the teacher's {name}", given)
         check_transform("the teacher's ", self.logit_softcap, self.temperature)
 
     @property

@@ -193,7 +193,6 @@ class HeadLoss:
             check_labels=check_labels,
             shard=shard,
         )
-        vocab_size = weight.shape[0] if shard is None else shard.vocab_size
         if token_weights is not None:
             if reduction == "none":
                 raise ValueError(
@@ -208,7 +207,7 @@ class HeadLoss:
             )
         rows = row_inputs_of(row_inputs, self._inputs, labels, call.scale.dtype)
         if "candidates" in self._inputs:
-            call = check_candidates(call, rows["candidates"], vocab_size, check_labels)
+            call = check_candidates(call, rows["candidates"], check_labels)
         sequences = None
         if self._sequence_terms:
             call, sequences = sequences_of(

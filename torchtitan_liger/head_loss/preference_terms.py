@@ -160,9 +160,8 @@ class UnpairedPreference(SequenceTerm):
     def sequence_loss(
         self, stats: Statistics, rows: Rows, sequences: Sequences
     ) -> torch.Tensor:
-        gain, is_desirable = self._gain(stats, rows, sequences)
-        above = self.beta * (gain - rows["reference_point"])
-        margin = torch.where(is_desirable, above, -above)
+        _, margin, is_desirable = self._gains(stats, rows, sequences)
+        margin = self.beta * margin
         is_right = margin > 0
         # Of the side where it is small: beside 1 there is nothing left of its slope.
         small = torch.sigmoid(torch.where(is_right, -margin, margin))
@@ -174,18 +173,17 @@ class UnpairedPreference(SequenceTerm):
     def sequence_metrics(
         self, stats: Statistics, rows: Rows, sequences: Sequences
     ) -> Sequence[torch.Tensor]:
-        gain, is_desirable = self._gain(stats, rows, sequences)
-        point = rows["reference_point"]
-        is_right = torch.where(is_desirable, gain > point, gain < point)
+        gain, margin, is_desirable = self._gains(stats, rows, sequences)
         chosen = torch.where(is_desirable, gain, 0.0)
-        rejected = torch.where(
-            is_desirable, 0.0, gain
-        )  # of infinite ones no difference
-        return [is_right, is_desirable, chosen, rejected]
+        # No difference: of infinite gains it is NaN.
+        rejected = torch.where(is_desirable, 0.0, gain)
+        return [margin > 0, is_desirable, chosen, rejected]
 
-    def _gain(
+    def _gains(
         self, stats: Statistics, rows: Rows, sequences: Sequences
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`r` of each token's sequence, and whether that is desirable; [C]."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`r` of each token's sequence, how far it is on the right side of `z`, and whether
+        the sequence is desirable; each [C]."""
         gain = sequences.spread(sequences.sum(stats.logp - rows["ref_logp"]))
-        return gain, rows["desirable"] > 0
+        above, is_desirable = gain - rows["reference_point"], rows["desirable"] > 0
+        return gain, torch.where(is_desirable, above, -above), is_desirable

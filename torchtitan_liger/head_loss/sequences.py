@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
 
 from torchtitan_liger.head_loss.calls import Call, per_token, without_bad
-from torchtitan_liger.head_loss.checks import check_integers
+from torchtitan_liger.head_loss.checks import check_integers, is_whole
 from torchtitan_liger.head_loss.chunking import ChunkPlan
 
 
@@ -136,8 +135,7 @@ def sequences_of(
         return call, Sequences(ids_T, count, call.valid_T, starts)
     ids_T = per_token("sequence_ids", sequence_ids, labels)
     check_integers("sequence_ids", ids_T)
-    is_integer = isinstance(num_sequences, Integral) and type(num_sequences) is not bool
-    if not is_integer or num_sequences < 1:
+    if not is_whole(num_sequences) or num_sequences < 1:
         raise ValueError(
             f"num_sequences must be a whole number, at least 1, got {num_sequences!r}"
         )

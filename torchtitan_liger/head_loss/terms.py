@@ -340,10 +340,10 @@ def check_terms(terms: Sequence[Term]) -> None:
             raise ValueError(f"`needs` and `inputs` of {term} must be sets of names")
         if isinstance(term.metric_names, str):
             raise ValueError(f"`metric_names` of {term} must be a sequence of names")
-    names = [getattr(term, "name", None) for term in terms]
-    for term, name in zip(terms, names, strict=True):
+        name = getattr(term, "name", None)
         if not (isinstance(name, str) and name):
             raise ValueError(f'a term needs a name (name: str = "..."), got {term!r}')
+    names = [term.name for term in terms]
     if not names:
         raise ValueError("a head loss needs at least one term")
     if len(set(names)) < len(names):

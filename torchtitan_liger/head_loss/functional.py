@@ -111,6 +111,7 @@ def linear_cross_entropy(
     ).loss
 
 
+@torch.compiler.disable(reason="numbers of numpy would become tensors")
 def _head_loss(
     impl: EngineImpl, label_smoothing: float, z_loss: float, **options: Any
 ) -> HeadLoss:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.fsdp import FSDPModule
 
 from tests.distributed.layouts import CASES, Case
 from tests.distributed.matrix import DEVICE
@@ -181,6 +182,10 @@ def test_the_validation_loss_is_that_of_one_process(launch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(FSDPModule, "reset_iter_state"),
+    reason="FSDP of this torch cannot go on after a pass that failed",
+)
 def test_nothing_of_a_backward_pass_that_failed_is_in_the_next_one(launch):
     error = launch("tests.distributed.checks", 2)[0]["a_backward_pass_that_fails"]
     assert error < 1e-6

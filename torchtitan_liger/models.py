@@ -17,10 +17,11 @@ from torchtitan.config import JobConfig
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 from torchtitan.protocols import train_spec as torchtitan_specs
 from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.tools.logging import logger
 
 from torchtitan_liger import validator
 from torchtitan_liger.cli import FLAG_OFF
-from torchtitan_liger.config_validator import model_args
+from torchtitan_liger.config_validator import model_args, settings
 from torchtitan_liger.data import build_text_dataloader
 from torchtitan_liger.lm_head import CHANGES_LOGITS, LMHead, local_tensor
 from torchtitan_liger.parallelize import parallelize
@@ -201,12 +202,17 @@ def _build_dataloader(
 def check_vocabulary(job: JobConfig, tokenizer_size: int) -> None:
     """
     Raises:
-        ValueError: when the tokenizer has more token ids than the model.
+        ValueError: when the tokenizer has more token ids than the model. Without the fused
+            loss that is a warning: they may never come, and torchtitan trains.
     """
     vocab_size = model_args(job).vocab_size
-    if tokenizer_size > vocab_size:
-        raise ValueError(
-            f"the tokenizer in model.hf_assets_path = {job.model.hf_assets_path!r} has "
-            f"{tokenizer_size} token ids, but {job.model.name} {job.model.flavor} only "
-            f"{vocab_size}: choose another model.flavor or another tokenizer"
-        )
+    if tokenizer_size <= vocab_size:
+        return
+    found = (
+        f"the tokenizer in model.hf_assets_path = {job.model.hf_assets_path!r} has "
+        f"{tokenizer_size} token ids, but {job.model.name} {job.model.flavor} only "
+        f"{vocab_size}: choose another model.flavor or another tokenizer"
+    )
+    if settings(job).enable_fused_linear_cross_entropy:
+        raise ValueError(found)
+    logger.warning(found)

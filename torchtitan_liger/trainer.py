@@ -17,16 +17,16 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
-from torchtitan.tools.logging import logger
+from torchtitan.tools.logging import logger, warn_once
 from torchtitan.tools.utils import device_module, device_type
 from torchtitan.train import Trainer
 
 from torchtitan_liger import data, device, models
-from torchtitan_liger.cli import FLAG_OFF, FLAG_ON
+from torchtitan_liger.cli import FLAG_OFF
 from torchtitan_liger.config_validator import head_loss_settings, model_args, resolve
 from torchtitan_liger.head_loss.checks import check_candidate_range, check_label_range
 from torchtitan_liger.head_loss.chunking import MIB
-from torchtitan_liger.head_loss_plan import FOR_TERMS, NUM_LABELED
+from torchtitan_liger.head_loss_plan import NUM_LABELED
 from torchtitan_liger.head_loss_report import HeadLossReport
 from torchtitan_liger.lm_head import LMHead
 from torchtitan_liger.parallelize import (
@@ -62,7 +62,6 @@ class LigerTrainer(Trainer):
         if job_config.comm.mode == "default":  # else torchtitan makes up its ranks
             check_degrees(job_config, int(os.environ.get("WORLD_SIZE", 1)))
         self.head_loss_report = HeadLossReport()
-        self.unread_inputs: set[str] = set()
         if self.head_loss_plan.enabled:
             models.check_spec(job_config.model.name)
         if self.head_loss_plan.warning:
@@ -151,11 +150,6 @@ class LigerTrainer(Trainer):
             ValueError: for tensors in the batch that do not fit the terms.
         """
         if not self.head_loss_plan.enabled:
-            if unread := sorted(FOR_TERMS & input_dict.keys()):
-                raise ValueError(
-                    f"the batch has {', '.join(unread)}, which torchtitan's own loss "
-                    f"would ignore: turn the fused loss on ({FLAG_ON}), or leave it out"
-                )
             return super().forward_backward_step(
                 input_dict=input_dict,
                 labels=labels,
@@ -164,10 +158,10 @@ class LigerTrainer(Trainer):
         input_dict = dict(input_dict)
         num_labeled: Any = input_dict.pop(NUM_LABELED, None)
         unread = self.head_loss_plan.check_batch(input_dict)
-        if not self.unread_inputs.issuperset(unread):  # once
-            self.unread_inputs.update(unread)
-            logger.warning(
-                f"The batch has {', '.join(unread)}, which no term of [head_loss] reads"
+        if unread:
+            names = ", ".join(unread)
+            warn_once(
+                logger, f"The batch has {names}, which no term of [head_loss] reads"
             )
         rows, input_dict = self.head_loss_plan.split_batch(input_dict)
         whole_shape = labels.shape

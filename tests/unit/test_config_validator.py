@@ -306,8 +306,12 @@ def test_a_wrong_flavor_lists_the_right_ones():
         model_args(job(flavor="debugmodl"))
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused():
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(caplog):
     models.check_vocabulary(job(), 16384)
+    models.check_vocabulary(job(on=False), 16384)
+    assert not caplog.text
+    models.check_vocabulary(job(on=False), 16385)  # torchtitan trains with it
+    assert "has 16385 token ids" in caplog.text
     tokenizer = SimpleNamespace(get_vocab_size=lambda: 16385)
     with pytest.raises(ValueError, match="has 16385 token ids, but .* only 16384"):
         models._build_dataloader(tokenizer=tokenizer, job_config=job())

@@ -440,3 +440,10 @@ def test_a_file_is_no_folder_of_sources(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ValueError, match='is a file, .* set dataset = "jsonl"'):
         text_datasets.DATASETS["stdlib"].loader(str(path))
+
+
+def test_two_stars_are_any_folders(tmp_path):
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    write(folder / "x.jsonl", "one")
+    assert load("jsonl", f"{tmp_path}/**/*.jsonl") == ["one"]

@@ -235,3 +235,16 @@ def test_changes_are_listed_as_settings():
     assert changed == {"head_loss.temperature": 2.0, "head_loss.z_loss.weight": 1e-4}
     wanted = "head_loss.temperature = 2.0, head_loss.z_loss.weight = 0.0001"
     assert listed(changed) == wanted
+
+
+@pytest.mark.parametrize("kind", ["dpo", "cpo", "ipo", "orpo"])
+def test_a_margin_is_for_simpo_alone(kind):
+    table = "--head_loss.preference"
+    with pytest.raises(ValueError, match="choose the kind simpo"):
+        plan_of(f"{table}.weight=1", f"{table}.kind={kind}", f"{table}.gamma=0.7")
+
+
+def test_a_number_that_equals_the_default_is_no_change():
+    table = job_config.HeadLoss()
+    table.focal.gamma = float("2.0")
+    assert changes(table, "head_loss") == {}

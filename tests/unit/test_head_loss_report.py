@@ -63,3 +63,11 @@ def test_one_collective_for_sums_and_one_for_extremes(monkeypatch):
     add(report, a=1.0, b__max=2.0, c__min=3.0)
     assert report.values(group) == {"a": 1.0, "b/max": 2.0, "c/min": 2.5}
     assert calls[1:] == [(1, ops.SUM, group), (2, ops.MAX, group)]
+
+
+def test_a_step_without_labels_after_one_with_them_has_nothing_to_report():
+    report = HeadLossReport()
+    add(report, a=1.0)
+    report.clear()
+    add(report, a=0.0, num_tokens=0.0)
+    assert report.values(None) == {}

@@ -11,6 +11,7 @@ from torchtitan_liger.head_loss import (
     HeadLoss,
     HeadLossOptions,
     VocabShard,
+    ZLoss,
     linear_cross_entropy,
 )
 from torchtitan_liger.lm_head import LMHead, changes_logits
@@ -118,3 +119,27 @@ def test_who_has_its_teachers_logits_has_nothing_to_learn_at_any_temperature():
     hidden, labels = torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.long)
     out = head(hidden, labels, teacher_logits=head(hidden))
     assert out.loss.abs() < 1e-5
+
+
+def test_a_subclass_of_linear_is_no_plain_one():
+    class Adapted(nn.Linear):
+        pass
+
+    with pytest.raises(ValueError, match=r"only a plain torch\.nn\.Linear"):
+        LMHead.from_linear(Adapted(4, 7, bias=False))
+
+
+def test_the_loss_of_a_call_comes_before_the_heads_own():
+    head = LMHead.from_linear(nn.Linear(4, 7, bias=False))
+    head.head_loss = HeadLoss([ZLoss(1.0)])
+    args = torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.long)
+    assert head(*args).terms.keys() == {"z_loss"}
+    assert head(*args, head_loss=HeadLoss()).terms.keys() == {"cross_entropy"}
+
+
+def test_without_gradients_no_loss_of_training_is_counted():
+    head = LMHead.from_linear(nn.Linear(4, 7, bias=False))
+    head.head_loss = HeadLoss()
+    with torch.no_grad():
+        head(torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.long))
+    assert head.num_fused_calls == 0

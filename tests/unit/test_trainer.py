@@ -45,7 +45,6 @@ def trainer(monkeypatch):
         "chunked", HeadLossOptions(), (CrossEntropy(), ZLoss(0.0))
     )
     trainer.head_loss_report = HeadLossReport()
-    trainer.unread_inputs = set()
     trainer.num_tokens = torch.tensor(8.0)
     trainer.parallel_dims = SimpleNamespace(get_optional_mesh=lambda _: None)
     trainer.logged = {}
@@ -213,6 +212,7 @@ def test_labels_are_counted_but_for_shares_of_a_sequence(
     ((labels, call),) = calls
     assert call["num_labeled"] == (None if cp_enabled else 5)
     assert call["normalizer"] == 5
+    assert call["check_labels"] is False  # which would wait for a GPU
     expected = [[0, 3], [4, 7]] if cp_enabled else [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert call["token_weights"].tolist() == expected
     assert labels.tolist() == labels_BL[:, [0, 3] if cp_enabled else slice(4)].tolist()
@@ -237,16 +237,6 @@ def test_torchtitans_own_loss_has_no_terms_to_log(trainer):
     trainer.head_loss_plan = HeadLossPlan("stock", HeadLossOptions())
     trainer.train_step(iter(()))
     assert trainer.logged == {}
-
-
-def test_torchtitans_own_loss_would_ignore_what_terms_read(trainer):
-    trainer.head_loss_plan = HeadLossPlan("stock", HeadLossOptions())
-    tokens_BL = torch.zeros(1, 8, dtype=torch.long)
-    batch = {"input": tokens_BL, "old_logp": tokens_BL, "advantages": tokens_BL}
-    with pytest.raises(ValueError, match="advantages, old_logp, which .* would ignore"):
-        trainer.forward_backward_step(
-            input_dict=batch, labels=tokens_BL, global_valid_tokens=torch.ones(())
-        )
 
 
 def memory_plan(caplog, head_loss, **dims):
@@ -316,3 +306,74 @@ def test_the_memory_plan_counts_both_buffers_of_a_sharded_head(caplog):
     options = HeadLossOptions(logits_memory_mib=16)
     text = memory_plan(caplog, HeadLoss(options=options), tp=2, tp_enabled=True)
     assert "(16 x 512 tokens)" in text
+    assert "at most 16.0 MiB" in text
+    assert "WARNING" not in text
+
+
+EARLY = SimpleNamespace(early_step_in_backward=True)
+LATE = SimpleNamespace(early_step_in_backward=False)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "tied", "dims", "why"),
+    [
+        (LATE, False, {}, None),
+        (LATE, False, {"dp_replicate_enabled": True}, None),
+        (LATE, True, {"dp_replicate_enabled": True, "fsdp_enabled": True}, None),
+        (LATE, True, {"dp_replicate_enabled": True}, "DDP cannot"),
+        (EARLY, False, {}, "early_step_in_backward"),
+    ],
+)
+def test_the_preflight_goes_backward_only_where_a_step_might_come_before(
+    trainer, monkeypatch, caplog, optimizer, tied, dims, why
+):
+    """And neither its memory nor its time is the first step's."""
+    asked, resets = [], []
+    weight, other = torch.zeros(3, 3), torch.zeros(3, 3)
+    model = SimpleNamespace(
+        output=SimpleNamespace(weight=weight),
+        tok_embeddings=SimpleNamespace(weight=weight if tied else other),
+    )
+    trainer.model_parts = [model]
+    trainer.job_config = SimpleNamespace(
+        comm=SimpleNamespace(mode="default"),
+        optimizer=optimizer,
+        training=SimpleNamespace(seq_len=8),
+    )
+    no_mesh = {"dp_replicate_enabled": False, "fsdp_enabled": False}
+    trainer.parallel_dims = SimpleNamespace(**no_mesh | dims)
+    trainer.metrics_processor = SimpleNamespace(
+        device_memory_monitor=SimpleNamespace(
+            reset_peak_stats=lambda: resets.append(1)
+        ),
+        time_last_log=0.0,
+    )
+    trainer.post_dataloading_process = trainer.train_context = None
+    trainer.maybe_enable_amp = None
+    trainer.device = torch.device("cpu")
+    monkeypatch.setattr(
+        "torchtitan_liger.trainer.check_head",
+        lambda *_, backward: asked.append(backward),
+    )
+    trainer._preflight()
+    assert asked == [why is None]
+    assert ("No preflight of the gradients" in caplog.text) == (why is not None)
+    assert why is None or why in caplog.text
+    assert resets == [1]
+    assert trainer.metrics_processor.time_last_log > 0
+
+
+def test_a_rank_that_is_alone_asks_no_others_which_loss_they_have(trainer, monkeypatch):
+    """torchtitan's dry runs have made-up ranks."""
+    trainer.job_config = SimpleNamespace(
+        comm=SimpleNamespace(mode="fake_backend"), model=SimpleNamespace(name="mine")
+    )
+    head = LMHead.from_linear(torch.nn.Linear(4, 8, bias=False))
+    head.head_loss = HeadLoss()
+    trainer.model_parts = [SimpleNamespace(output=head)]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        torch.distributed, "all_gather_object", lambda *_: pytest.fail("it waits")
+    )
+    trainer._check_built()

@@ -55,7 +55,8 @@ def linear_cross_entropy(
         tp_group: the ranks over which the vocabulary is sharded, in this order: `weight`
             is then this rank's [v, D], `hidden` and `labels` are the same on all ranks,
             and so are the loss and the gradient of `hidden`. The first call with a
-            weight exchanges the shards' sizes.
+            weight exchanges the shards' sizes and waits for them; a new tensor, as each
+            `to_local()` gives, is another weight.
         check_labels, num_labeled: as of `HeadLoss.__call__`. With `check_labels=False`
             nothing waits for the GPU; then, and under torch.compile, tokens without a
             label are only dropped if `num_labeled` says how many have one.

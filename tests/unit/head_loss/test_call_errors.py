@@ -15,6 +15,8 @@ from torchtitan_liger.head_loss import (
     CrossEntropy,
     Distillation,
     HeadLoss,
+    HeadLossOptions,
+    PolicyGradient,
     Teacher,
     VocabShard,
     functional,
@@ -261,3 +263,56 @@ def test_a_dtensor_is_named_with_what_to_give_instead(name):
             head(**tensors, teacher=Teacher(logits=logits))
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "labels"])
+def test_a_tensor_on_another_device_is_an_error(name):
+    args = {
+        "hidden": torch.zeros(4, 8),
+        "weight": torch.zeros(7, 8),
+        "labels": torch.zeros(4, dtype=torch.long),
+    }
+    args[name] = args[name].to("meta")
+    with pytest.raises(ValueError, match="must be on one device, got .*meta"):
+        linear_cross_entropy(**args)
+
+
+def test_a_row_on_another_device_is_an_error():
+    problem = Problem(T=9, D=8, V=21)
+    args = problem.hidden, problem.weight, problem.labels
+    head = HeadLoss([PolicyGradient("reinforce")])
+    with pytest.raises(ValueError, match=r"advantages must be like labels, .* on meta"):
+        head(*args, advantages=torch.ones(9, device="meta"))
+
+
+def test_autocast_leaves_no_weight_in_float64_beside_float32():
+    args = torch.zeros(4, 8), torch.zeros(7, 8).double(), torch.zeros(4).long()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"float32 and weight is torch\.float64"),
+    ):
+        HeadLoss()(*args)
+
+
+@pytest.mark.parametrize("shape", [(1, 257, 5), (257, 1, 5), (514, 5)])
+def test_a_teacher_of_other_tokens_is_an_error(shape):
+    problem = Problem(D=4, V=5)
+    args = problem.hidden, problem.weight, problem.labels
+    with pytest.raises(ValueError, match="teacher's logits must be"):
+        HeadLoss([Distillation()])(*args, teacher=Teacher(logits=torch.zeros(shape)))
+
+
+def test_a_teacher_has_one_dtype():
+    problem = Problem(T=6, D=4, V=9)
+    args = problem.hidden, problem.weight, problem.labels
+    teacher = Teacher(hidden=torch.zeros(6, 4), weight=torch.zeros(9, 4).double())
+    with pytest.raises(ValueError, match="teacher's hidden states are .*float32 and"):
+        HeadLoss([Distillation()])(*args, teacher=teacher)
+
+
+def test_a_narrow_label_is_not_a_far_ignored_index():
+    """In 32 bits, it would be."""
+    head = HeadLoss(options=HeadLossOptions(ignore_index=2**32 + 5))
+    labels = torch.tensor([5, 0, 1], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"labels\[0\] is 5"):
+        head(torch.ones(3, 4), torch.ones(5, 4), labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from weakref import WeakValueDictionary
 
 import pytest
@@ -185,3 +186,13 @@ def test_a_class_that_is_defined_again_is_another_term():
 
     heads = [HeadLoss([define(factor)]) for factor in (1, 2)]
     assert heads[0]._recipe is not heads[1]._recipe
+
+
+@pytest.mark.parametrize("name", ["shard", "teacher", "sequences", "products_dtype"])
+def test_what_an_operation_cannot_hold_does_not_fit(name):
+    call = SimpleNamespace(
+        shard=None, teacher=None, sequences=None, products_dtype=torch.float32
+    )
+    assert custom_op.fits(call)
+    setattr(call, name, torch.float16 if name == "products_dtype" else object())
+    assert not custom_op.fits(call)

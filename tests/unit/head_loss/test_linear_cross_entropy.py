@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from tests.helpers import Problem, full_logits, run_on_shards
@@ -24,6 +25,7 @@ from torchtitan_liger.head_loss import (
     engine,
     linear_cross_entropy,
     passes,
+    vocab_parallel,
 )
 
 SETTINGS = [
@@ -425,3 +427,13 @@ def test_the_weights_gradient_in_float16_is_large_only_after_the_normalizer():
     linear_cross_entropy(hidden, weight, torch.zeros(1000, dtype=torch.long)).backward()
     expected = torch.tensor([-150.0, 50.0, 50.0, 50.0])[:, None].expand(4, 8)
     torch.testing.assert_close(weight.grad.float(), expected, rtol=2e-3, atol=0)
+
+
+def test_each_group_has_a_shard_of_its_own():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weight, groups = torch.zeros(5, 3), (dist.group.WORLD, dist.new_group([0]))
+        found = [vocab_parallel.shard_of(weight, group).group for group in groups]
+        assert found == list(groups)
+    finally:
+        dist.destroy_process_group()

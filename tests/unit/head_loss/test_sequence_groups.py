@@ -266,6 +266,15 @@ def test_wrong_numbers_of_labels_are_an_error_or_make_the_loss_nan(wrong, produc
         assert head(*args, num_labeled=counts, check_labels=False).loss.isnan()
         with pytest.raises(ValueError, match=r"num_labeled is .*, but .* not ignored"):
             head(*args, num_labeled=counts)
+        ours = problem.run(
+            lambda h, w, y, n=counts: (
+                head(
+                    h.view(B, L, -1), w, y.view(B, L), num_labeled=n, check_labels=False
+                ).loss
+            )
+        )
+        assert ours.loss.isnan()
+        assert ours.d_weight.isnan().any()
 
 
 @pytest.mark.parametrize(
@@ -356,3 +365,25 @@ def test_a_group_may_have_all_tokens_of_the_budget():
     plan, cut = sequences.kept(kept_N, counts, False).cut(plan, 2)
     assert cut.cuts == ((0, 0), (100, 2), (188, 6))
     assert (plan.tokens_per_chunk, plan.num_chunks) == (100, 2)
+
+
+def test_gspo_beside_no_pairs_computes_its_logits_once(products):
+    problem = labeled(LABELS_OF_EACH["some"])
+    rows = {"advantages": torch.ones(B, L), "old_logp": torch.full((B, L), -5.0)}
+    head = HeadLoss([SequencePolicyGradient()])
+    problem.run(lambda h, w, y: head(h.view(B, L, -1), w, y.view(B, L), **rows).loss)
+    assert sum(products) == sum(LABELS_OF_EACH["some"])
+
+
+def test_on_a_cpu_labels_are_counted_though_nobody_looks_at_them(products):
+    problem = labeled(LABELS_OF_EACH["some"])
+    head, call = HeadLoss([Preference("simpo")]), {"check_labels": False}
+    problem.run(lambda h, w, y: head(h.view(B, L, -1), w, y.view(B, L), **call).loss)
+    assert sum(products) == sum(LABELS_OF_EACH["some"])
+
+
+def test_a_chunk_may_be_full_to_its_last_token():
+    starts = 0, 5, 10, 15, 20
+    sequences = Sequences(torch.arange(20) // 5, 4, torch.ones(20).bool(), starts)
+    for most, cuts in ((10, ((0, 0), (10, 2), (20, 4))), (20, ((0, 0), (20, 4)))):
+        assert sequences.cut(engine.ChunkPlan(most, 9, 0, 0), 2)[1].cuts == cuts

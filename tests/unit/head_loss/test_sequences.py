@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -22,6 +24,7 @@ from torchtitan_liger.head_loss import (
     HeadLoss,
     Preference,
     SequencePolicyGradient,
+    SequenceTerm,
     UnpairedPreference,
     ZLoss,
     engine,
@@ -44,6 +47,13 @@ def chunks(request, monkeypatch):
         return engine.ChunkPlan(rows, -(-num_tokens // rows), 0, 0)
 
     monkeypatch.setattr(engine, "plan_chunks", plan)
+
+
+@pytest.fixture(params=[True, False], ids=["dropped", "not dropped"])
+def ignored_tokens(request, monkeypatch):
+    """Not dropped as on a GPU, where nobody has counted the labels."""
+    if not request.param:
+        monkeypatch.setattr(engine, "kept_rows", lambda call, *_: (None, call, False))
 
 
 @pytest.fixture(params=[0.3, 0.0], ids="{}_ignored".format)
@@ -150,6 +160,7 @@ def test_a_sequence_without_labels_counts_zero(problem, kind):
     torch.testing.assert_close(margin, score, rtol=1e-10, atol=0)
 
 
+@pytest.mark.usefixtures("ignored_tokens")
 @pytest.mark.parametrize("clip", [0.05, 1.0])
 def test_gspo(problem, clip, chunks):
     truth = problem.run(gspo(problem, clip))
@@ -157,6 +168,7 @@ def test_gspo(problem, clip, chunks):
     assert max(ours.errors(truth).values()) < 1e-10
 
 
+@pytest.mark.usefixtures("ignored_tokens")
 @pytest.mark.parametrize("layout", ["pairs", "halves"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_preferences(problem, kind, layout, chunks):
@@ -172,6 +184,7 @@ def log_ratios(problem, hidden, weight, labels):
     return (logp_of(hidden, weight, labels) - ref).sum(1, keepdim=True)
 
 
+@pytest.mark.usefixtures("ignored_tokens")
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.33, 0.5)])
 def test_kto(problem, weights, chunks):
     is_desirable = problem.rows["desirable"].view(B, L)[:, :1]
@@ -222,6 +235,7 @@ def expected_means(problem, metrics):
     return means
 
 
+@pytest.mark.usefixtures("ignored_tokens")
 def test_what_gspo_reports_is_of_whole_sequences(problem, chunks):
     logp = logp_of(problem.hidden, problem.weight, problem.labels)
     old, a = (
@@ -247,6 +261,7 @@ def test_what_gspo_reports_is_of_whole_sequences(problem, chunks):
     )
 
 
+@pytest.mark.usefixtures("ignored_tokens")
 def test_what_kto_reports_is_of_whole_sequences(problem, chunks):
     gain = log_ratios(problem, problem.hidden, problem.weight, problem.labels)
     is_desirable = problem.rows["desirable"].view(B, L)[:, :1]
@@ -264,6 +279,7 @@ def test_what_kto_reports_is_of_whole_sequences(problem, chunks):
     )
 
 
+@pytest.mark.usefixtures("ignored_tokens")
 @pytest.mark.parametrize("layout", ["pairs", "halves"])
 @pytest.mark.parametrize("kind", ["dpo", "simpo"])
 def test_what_a_preference_reports_is_of_whole_pairs(problem, kind, layout, chunks):
@@ -492,3 +508,53 @@ def test_of_a_pair_of_equals_none_is_preferred():
     hidden, labels = torch.ones(2, 3, 2), torch.zeros(2, 3, dtype=torch.long)
     out = HeadLoss([Preference("simpo")])(hidden, torch.eye(2), labels)
     assert out.metrics["preference/accuracy"] == 0
+
+
+def test_a_pair_of_one_token_is_as_sure_as_its_reference():
+    labels = torch.full((2, 2), -100)
+    labels[0, 0] = 0
+    rows = {"ref_logp": torch.full((2, 2), -math.log(5))}
+    head = HeadLoss([Preference("dpo")])
+    loss = head(torch.zeros(2, 2, 3), torch.ones(5, 3), labels, **rows).loss
+    assert loss.item() == pytest.approx(math.log(2))
+
+
+def test_orpo_of_a_sequence_that_is_nearly_sure_has_its_own_odds():
+    """Log odds of two token ids are the difference of their logits."""
+    hidden = torch.tensor([[[10.0, 0.0]], [[0.0, 0.0]]]).double().requires_grad_()
+    labels = torch.zeros(2, 1, dtype=torch.long)
+    head = HeadLoss([Preference("orpo")])
+    out = head(hidden, torch.eye(2).double(), labels, normalizer=2)
+    (grad,) = torch.autograd.grad(out.loss, hidden)
+    assert out.metrics["preference/margin"].item() == pytest.approx(10.0)
+    assert grad[0].any()
+
+
+def test_a_model_that_is_its_reference_is_right_about_no_answer():
+    hidden, labels = torch.ones(2, 3, 2), torch.zeros(2, 3, dtype=torch.long)
+    rows = {
+        "ref_logp": torch.full((2, 3), -math.log(2)),
+        "desirable": torch.tensor([[True], [False]]).expand(2, 3),
+        "reference_point": torch.zeros(2, 3),
+    }
+    out = HeadLoss([UnpairedPreference()])(hidden, torch.zeros(2, 2), labels, **rows)
+    assert out.metrics["kto/accuracy"] == 0
+
+
+def test_a_term_over_sequences_has_not_its_other_parents_gradient():
+    @dataclass(frozen=True)
+    class Squared(SequenceTerm, CrossEntropy):
+        name: str = "squared"
+
+        def sequence_loss(self, stats, rows, sequences):
+            return stats.logp.square()
+
+    def truth_of(hidden, weight, labels):
+        return (
+            F.cross_entropy(hidden @ weight.T, labels, reduction="none").square().sum()
+        )
+
+    problem = Problem(T=36, D=16, V=101, ignored=0)
+    head = HeadLoss([Squared()])
+    ours = problem.run(lambda h, w, y: head(h.view(4, 9, -1), w, y.view(4, 9)).loss)
+    assert max(ours.errors(problem.run(truth_of)).values()) < 1e-12

@@ -337,6 +337,7 @@ def test_a_backward_pass_frees_what_the_logits_were_computed_from(kind, dtype):
         ([Distillation("soft_cross_entropy")], 1),
         ([Distillation("jsd")], 2),
         ([CrossEntropy(), EntropyBonus(0.0)], 2),
+        ([CrossEntropy(), ZLoss(0.0)], 1),
         ([CrossEntropy(), ZLoss(0.1)], 2),
     ],
     ids=str,
@@ -377,3 +378,83 @@ def test_a_term_may_read_the_teachers_entropy():
         for term in (SoftCrossEntropy(), Distillation("soft_cross_entropy"))
     )
     assert max(ours.errors(truth).values()) < 1e-12
+
+
+def test_what_a_policy_gradient_reports_are_means_over_tokens():
+    problem = Problem(T=37, D=16, V=101)
+    args = problem.hidden, problem.weight, problem.labels
+    valid = problem.labels != -100
+    logp = -F.cross_entropy(args[0] @ args[1].T, args[2], reduction="none")
+    gap = torch.linspace(-0.5, 0.5, 37).double()
+    rows = {"advantages": gap, "old_logp": logp - gap}
+    metrics = HeadLoss([PolicyGradient("ppo", 0.1, 0.4)])(
+        *args, normalizer=valid.sum(), **rows
+    ).metrics
+    ratio = gap.exp()
+    expected = {
+        "new_logp": logp,
+        "old_logp": logp - gap,
+        "ratio": ratio,
+        "ratio_squared": ratio**2,
+        "kl_new_old": ratio - 1 - gap,
+        "clip_fraction": ((ratio < 0.9) | (ratio > 1.4)).double(),
+        "advantage": gap,
+    }
+    for name, values in expected.items():
+        mean = values[valid].mean().item()
+        found = metrics[f"policy_gradient/{name}"].item()
+        assert found == pytest.approx(mean, rel=1e-10), name
+
+
+def test_any_negative_candidate_stands_for_none():
+    problem = Problem(T=9, D=8, V=21)
+    args = problem.hidden, problem.weight, problem.labels
+    one, none = torch.arange(9)[:, None], torch.full((9, 1), -100)
+    head = HeadLoss([Unlikelihood()])
+    padded = head(*args, candidates=torch.cat([one, none], 1))
+    assert padded.loss == head(*args, candidates=one).loss
+
+
+def test_losses_per_token_of_candidates_have_exact_gradients():
+    problem = Problem(T=37, D=16, V=101)
+    rows = {"candidates": torch.arange(74).view(37, 2)}
+    upstream = torch.linspace(-1, 2, 37).double()
+    head = HeadLoss([Unlikelihood()])
+    truth = problem.run(lambda *args: head(*args, token_weights=upstream, **rows).loss)
+
+    def weighted(*args):
+        return (head(*args, reduction="none", **rows).loss * upstream).sum()
+
+    assert max(problem.run(weighted).errors(truth).values()) < 1e-12
+
+
+def test_terms_and_metrics_have_no_gradient():
+    problem = Problem(T=9, D=8, V=21)
+    args = problem.hidden.requires_grad_(), problem.weight, problem.labels
+    out = HeadLoss([CrossEntropy(), ZLoss(0.1)])(*args)
+    assert out.loss.requires_grad
+    assert not any(x.requires_grad for x in out.terms.values())
+    assert not any(x.requires_grad for x in out.metrics.values())
+
+
+def test_inference_mode_gives_the_same_loss():
+    problem = Problem(T=9, D=8, V=21)
+    args = problem.hidden, problem.weight, problem.labels
+    head = HeadLoss([CrossEntropy(), PolicyGradient("reinforce")])
+    with torch.inference_mode():
+        inside = head(*args, advantages=torch.ones(9).double()).loss
+    assert inside == head(*args, advantages=torch.ones(9).double()).loss
+
+
+def test_narrow_rows_are_computed_with_in_the_dtype_of_the_sums():
+    problem = Problem(T=9, D=8, V=21, ignored=0)
+    rows = {
+        "advantages": torch.ones(9),
+        "old_logp": torch.linspace(-3, -1, 9).bfloat16(),
+        "generation_logp": torch.linspace(-3.3, -0.7, 9).bfloat16(),
+    }
+    head = HeadLoss([PolicyGradient("reinforce", importance_cap=10.0)])
+    args = problem.hidden, problem.weight, problem.labels
+    wide = {name: values.double() for name, values in rows.items()}
+    found, expected = (head(*args, **given).loss.item() for given in (rows, wide))
+    assert found == pytest.approx(expected, rel=1e-12)

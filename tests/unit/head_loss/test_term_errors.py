@@ -53,6 +53,12 @@ def own(**attributes):
         (lambda: HeadLoss([own(slopes={"max_logp": 1.0})]), "slopes by max_logp"),
         (
             lambda: HeadLoss(
+                [own(needs={"teacher_entropy"}, slopes={"teacher_entropy": 1.0})]
+            ),
+            "slopes by teacher_entropy",
+        ),
+        (
+            lambda: HeadLoss(
                 [
                     own(
                         needs={"logp_k"},
@@ -150,6 +156,9 @@ def own(**attributes):
         (lambda: Focal(-1.0), "at least 0 and finite, got -1.0"),
         (lambda: Focal(float("inf")), "and finite, got inf"),
         (lambda: Preference("kto"), "got 'kto'"),
+        (lambda: Preference("ipo", beta=0.0), "beta must be .*got 0"),
+        (lambda: PolicyGradient(dual_clip=1.0), "above 1, got 1"),
+        (lambda: PolicyGradient(clip_high=-0.1), "clip_high must be"),
         (lambda: UnpairedPreference(0.0), "beta must be .*got 0.0"),
         (lambda: UnpairedPreference(desirable_weight=-1.0), "desirable_.*got -1.0"),
         (lambda: Preference("simpo", beta=float("inf")), "beta must be .*got inf"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -27,9 +28,11 @@ from torchtitan_liger.head_loss import (
     PolicyGradient,
     SequencePolicyGradient,
     Teacher,
+    Term,
     Unlikelihood,
     engine,
 )
+from torchtitan_liger.head_loss.terms import _log_miss
 
 
 @pytest.mark.parametrize("names", SETS, ids=", ".join)
@@ -168,6 +171,47 @@ def test_ignored_tokens_that_are_not_dropped_have_no_share(names, chunks, monkey
     assert max(ours.errors(truth).values()) < 1e-10
 
 
+def test_what_is_reported_has_no_share_of_tokens_that_are_not_dropped(monkeypatch):
+    problem = Problem(T=37, D=16, V=101)
+    args = problem.hidden, problem.weight, problem.labels
+    head = HeadLoss([CrossEntropy(), EntropyBonus(0.1)])
+    truth = head(*args)
+    monkeypatch.setattr(engine, "kept_rows", lambda call, *_: (None, call, False))
+    ours = head(*args)
+    for found, expected in ((ours.terms, truth.terms), (ours.metrics, truth.metrics)):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=0)
+
+
+def test_a_term_that_divides_by_a_row_has_no_nan_of_an_ignored_token(monkeypatch):
+    @dataclass(frozen=True)
+    class OverLength(Term):
+        weight: float = 1.0
+        name: str = "over_length"
+        inputs = frozenset({"length"})
+
+        def loss(self, stats, rows):
+            return -stats.logp / rows["length"]
+
+    problem = Problem(T=37, D=16, V=101)
+    head, length = HeadLoss([OverLength()]), torch.arange(1.0, 38)
+    truth = problem.run(lambda *args: head(*args, length=length).loss)
+    monkeypatch.setattr(engine, "kept_rows", lambda call, *_: (None, call, False))
+    ours = problem.run(lambda *args: head(*args, length=length).loss)
+    assert max(ours.errors(truth).values()) < 1e-12
+
+
+def test_a_teachers_logits_may_have_any_strides(sweeps):
+    problem = Problem(T=9, D=8, V=31, ignored=0)
+    given = torch.randn(9, 31, generator=torch.Generator().manual_seed(0)).double()
+    head = HeadLoss([Distillation()])
+    truth, ours = (
+        problem.run(lambda *args, t=t: head(*args, teacher=Teacher(logits=t)).loss)
+        for t in (given, given.t().contiguous().t())
+    )
+    assert max(ours.errors(truth).values()) < 1e-14
+
+
 def test_focal_has_no_nan_where_the_label_is_certain():
     for gamma in (0.5, 1.0, 2.0):
         hidden = torch.tensor([[200.0, 0.0]], requires_grad=True)
@@ -288,12 +332,20 @@ def test_a_narrower_teacher_is_transformed_in_the_students_dtype(dtype, sweeps):
     assert max(ours.errors(problem.run(truth_of)).values()) < 1e-12
 
 
-def test_a_sure_token_that_should_not_come_has_the_floors_loss_and_no_gradient():
+def test_how_unlikely_a_token_is_keeps_its_digits():
+    """Where it is nearly sure, and where it is not."""
+    logp = torch.tensor([-1e-6, -1e-4, -0.1, -3.0])
+    expected = _log_miss(logp.double())
+    torch.testing.assert_close(_log_miss(logp).double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("floor", [1e-5, 0.1])
+def test_a_sure_token_that_should_not_come_has_the_floors_loss_and_no_gradient(floor):
     hidden = torch.tensor([[200.0, 0.0]], requires_grad=True)
-    head, labels = HeadLoss([Unlikelihood(floor=1e-5)]), torch.tensor([1])
+    head, labels = HeadLoss([Unlikelihood(floor=floor)]), torch.tensor([1])
     loss = head(hidden, torch.eye(2), labels, candidates=torch.tensor([[0]])).loss
     (grad,) = torch.autograd.grad(loss, hidden)
-    assert loss.item() == pytest.approx(-math.log(1e-5), rel=1e-3)
+    assert loss.item() == pytest.approx(-math.log(floor), rel=1e-3)
     assert not grad.any()
 
 

@@ -6,8 +6,11 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from torchtitan_liger.job_config import LigerKernel
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,6 +22,11 @@ FLAG_ON = "--liger_kernel.enable_fused_linear_cross_entropy"
 FLAG_OFF = "--liger_kernel.no-enable_fused_linear_cross_entropy"
 
 BOOLEANS = {"true": True, "false": False}
+# That may be given a value: ours, and torchtitan's of which there were two spellings.
+SWITCHES = {
+    ("training", "compile"),
+    *(("liger_kernel", key.name) for key in fields(LigerKernel) if key.type is bool),
+}
 PACKAGE_PARENT = Path(__file__).resolve().parent.parent
 
 
@@ -118,8 +126,8 @@ def _beside_the_package(path: str) -> str:
 
 
 def _is_switch(flag: str) -> bool:
-    ours = r"--(liger[-_]kernel\.[\w-]+|training\.(no[-_])?compile)"
-    return re.fullmatch(ours, flag) is not None
+    section, _, key = flag.replace("-", "_").removeprefix("__").rpartition(".")
+    return (section, key.removeprefix("no_")) in SWITCHES
 
 
 def _switch(flag: str, value: bool) -> str:

@@ -35,6 +35,9 @@ ASSETS = "torchtitan_liger/assets/tokenizer"
         ([OFF, "False"], [FLAG]),
         (["--liger_kernel.no_preflight=true"], ["--liger_kernel.no-preflight"]),
         (["False"], ["False"]),
+        # No switches: torchtitan's parser says what is wrong with the value.
+        (["--liger_kernel.impl", "False"], ["--liger_kernel.impl", "False"]),
+        (["--liger_kernel.impl=False"], ["--liger_kernel.impl=False"]),
     ],
 )
 def test_true_and_false_may_follow_a_flag(argv, prepared):

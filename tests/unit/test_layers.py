@@ -14,7 +14,8 @@ PACKAGE = Path(torchtitan_liger.__file__).parent
 
 # From the bottom up. A module may import from the rows below its own.
 LAYERS = (
-    {"job_config", "loss_curves", "device", "cli"},
+    {"job_config", "loss_curves", "device"},
+    {"cli"},
     {"loss_curves_judge", "config_checks"},
     {"loss_curves_words"},
     {"loss_curves_report"},

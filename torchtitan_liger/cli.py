@@ -6,11 +6,12 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchtitan_liger.job_config import LigerKernel
+from torchtitan_liger.job_config import JobConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,11 +23,6 @@ FLAG_ON = "--liger_kernel.enable_fused_linear_cross_entropy"
 FLAG_OFF = "--liger_kernel.no-enable_fused_linear_cross_entropy"
 
 BOOLEANS = {"true": True, "false": False}
-# That may be given a value: ours, and torchtitan's of which there were two spellings.
-SWITCHES = {
-    ("training", "compile"),
-    *(("liger_kernel", key.name) for key in fields(LigerKernel) if key.type is bool),
-}
 PACKAGE_PARENT = Path(__file__).resolve().parent.parent
 
 
@@ -40,11 +36,12 @@ def prepare_argv(argv: Sequence[str]) -> list[str]:
       tokenizer) is given as an absolute path.
     """
     prepared: list[str] = []
+    ours = partial(is_switch, configs=[JobConfig])
     for argument in argv:
         flag, _, value = argument.partition("=")
-        if argument.lower() in BOOLEANS and prepared and _is_switch(prepared[-1]):
+        if argument.lower() in BOOLEANS and prepared and ours(prepared[-1]):
             prepared[-1] = _switch(prepared[-1], BOOLEANS[argument.lower()])
-        elif value.lower() in BOOLEANS and _is_switch(flag):
+        elif value.lower() in BOOLEANS and ours(flag):
             prepared.append(_switch(flag, BOOLEANS[value.lower()]))
         else:
             prepared.append(argument)
@@ -125,9 +122,14 @@ def _beside_the_package(path: str) -> str:
     return path if is_there else str(beside)
 
 
-def _is_switch(flag: str) -> bool:
-    section, _, key = flag.replace("-", "_").removeprefix("__").rpartition(".")
-    return (section, key.removeprefix("no_")) in SWITCHES
+def is_switch(option: str, configs: Sequence[type]) -> bool:
+    """Whether `--section.key` is one that takes no value."""
+    kinds: list[Any] = list(configs)
+    for name in option.removeprefix("--").replace("-", "_").split("."):
+        names = name, name.removeprefix("no_")
+        tables = [kind for kind in kinds if is_dataclass(kind)]
+        kinds = [f.type for kind in tables for f in fields(kind) if f.name in names]
+    return bool in kinds
 
 
 def _switch(flag: str, value: bool) -> str:

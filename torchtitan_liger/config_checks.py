@@ -62,16 +62,6 @@ def _check_table(
             raise ValueError(f"{path}: {whole} is {value!r}; it must be {wanted}")
 
 
-def is_switch(option: str, configs: Sequence[type]) -> bool:
-    """Whether `--section.key` is one that takes no value."""
-    kinds: list[Any] = list(configs)
-    for name in option.removeprefix("--").replace("-", "_").split("."):
-        names = name, name.removeprefix("no_")
-        tables = [kind for kind in kinds if is_dataclass(kind)]
-        kinds = [f.type for kind in tables for f in fields(kind) if f.name in names]
-    return bool in kinds
-
-
 def own_config(argv: Sequence[str], toml: Mapping[str, Any]) -> type | None:
     """The `JobConfig` of the job's config module, if it names one."""
     module = _config_module(argv, toml)

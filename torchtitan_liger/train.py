@@ -11,12 +11,11 @@ from contextlib import redirect_stderr
 from itertools import pairwise
 
 from torchtitan_liger import device
-from torchtitan_liger.cli import name_config_module, prepare_argv, read_toml
+from torchtitan_liger.cli import is_switch, name_config_module, prepare_argv, read_toml
 from torchtitan_liger.config_checks import (
     check_config_module,
     check_keys,
     check_weights,
-    is_switch,
     own_config,
 )
 

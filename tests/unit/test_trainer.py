@@ -239,6 +239,20 @@ def test_torchtitans_own_loss_has_no_terms_to_log(trainer):
     assert trainer.logged == {}
 
 
+def test_with_torchtitans_own_loss_a_batch_is_torchtitans(trainer, monkeypatch):
+    """A decoder may read what is a term's elsewhere."""
+    trainer.head_loss_plan = HeadLossPlan("stock", HeadLossOptions())
+    tokens_BL = torch.zeros(1, 8, dtype=torch.long)
+    batch = {"input": tokens_BL, "old_logp": tokens_BL, "advantages": tokens_BL}
+    monkeypatch.setattr(
+        Trainer, "forward_backward_step", lambda _self, **step: step["input_dict"]
+    )
+    given = trainer.forward_backward_step(
+        input_dict=batch, labels=tokens_BL, global_valid_tokens=torch.ones(())
+    )
+    assert given is batch
+
+
 def memory_plan(caplog, head_loss, **dims):
     """What is logged for 8,192 tokens, a width of 256 and 8,192 token ids."""
     caplog.set_level(logging.INFO)

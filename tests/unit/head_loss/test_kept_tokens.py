@@ -6,15 +6,7 @@ import pytest
 import torch
 
 from tests.helpers import Problem
-from torchtitan_liger.head_loss import HeadLoss, PolicyGradient, engine
-
-
-@pytest.fixture
-def nothing_dropped(monkeypatch):
-    def drop_nothing(call, *_):
-        return None, call, False
-
-    return lambda: monkeypatch.setattr(engine, "kept_rows", drop_nothing)
+from torchtitan_liger.head_loss import HeadLoss, PolicyGradient
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -50,10 +50,9 @@ def chunks(request, monkeypatch):
 
 
 @pytest.fixture(params=[True, False], ids=["dropped", "not dropped"])
-def ignored_tokens(request, monkeypatch):
-    """Not dropped as on a GPU, where nobody has counted the labels."""
+def ignored_tokens(request, nothing_dropped):
     if not request.param:
-        monkeypatch.setattr(engine, "kept_rows", lambda call, *_: (None, call, False))
+        nothing_dropped()
 
 
 @pytest.fixture(params=[0.3, 0.0], ids="{}_ignored".format)

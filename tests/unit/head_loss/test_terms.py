@@ -30,7 +30,6 @@ from torchtitan_liger.head_loss import (
     Teacher,
     Term,
     Unlikelihood,
-    engine,
 )
 from torchtitan_liger.head_loss.terms import _log_miss
 
@@ -158,9 +157,10 @@ def test_a_teacher_that_is_the_student_teaches_nothing(kind, sweeps):
 
 
 @pytest.mark.parametrize("names", SETS, ids=", ".join)
-def test_ignored_tokens_that_are_not_dropped_have_no_share(names, chunks, monkeypatch):
-    """As on a GPU, where nobody has counted the labels."""
-    monkeypatch.setattr(engine, "kept_rows", lambda call, *_: (None, call, False))
+def test_ignored_tokens_that_are_not_dropped_have_no_share(
+    names, chunks, nothing_dropped
+):
+    nothing_dropped()
     problem = Problem(T=37, D=16, V=101)
     rows = row_inputs(problem)
     truth = truth_of(names, problem, rows, HeadLossOptions())
@@ -171,19 +171,19 @@ def test_ignored_tokens_that_are_not_dropped_have_no_share(names, chunks, monkey
     assert max(ours.errors(truth).values()) < 1e-10
 
 
-def test_what_is_reported_has_no_share_of_tokens_that_are_not_dropped(monkeypatch):
+def test_what_is_reported_has_no_share_of_tokens_that_are_not_dropped(nothing_dropped):
     problem = Problem(T=37, D=16, V=101)
     args = problem.hidden, problem.weight, problem.labels
     head = HeadLoss([CrossEntropy(), EntropyBonus(0.1)])
     truth = head(*args)
-    monkeypatch.setattr(engine, "kept_rows", lambda call, *_: (None, call, False))
+    nothing_dropped()
     ours = head(*args)
     for found, expected in ((ours.terms, truth.terms), (ours.metrics, truth.metrics)):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-12, atol=0)
 
 
-def test_a_term_that_divides_by_a_row_has_no_nan_of_an_ignored_token(monkeypatch):
+def test_a_term_that_divides_by_a_row_has_no_nan_of_an_ignored_token(nothing_dropped):
     @dataclass(frozen=True)
     class OverLength(Term):
         weight: float = 1.0
@@ -196,7 +196,7 @@ def test_a_term_that_divides_by_a_row_has_no_nan_of_an_ignored_token(monkeypatch
     problem = Problem(T=37, D=16, V=101)
     head, length = HeadLoss([OverLength()]), torch.arange(1.0, 38)
     truth = problem.run(lambda *args: head(*args, length=length).loss)
-    monkeypatch.setattr(engine, "kept_rows", lambda call, *_: (None, call, False))
+    nothing_dropped()
     ours = problem.run(lambda *args: head(*args, length=length).loss)
     assert max(ours.errors(truth).values()) < 1e-12
 

@@ -27,7 +27,8 @@ LAYERS = (
     },
     {"head_loss.statistics", "head_loss.reference", "head_loss.triton_blocks"},
     {"head_loss.triton_statistics", "head_loss.triton_gradients"},
-    {"head_loss.triton_one_trip"},
+    {"head_loss.triton_words"},
+    {"head_loss.triton_one_trip", "head_loss.triton_mixture"},
     {"head_loss.sweeps", "head_loss.vocab_parallel"},
     {"head_loss.triton_sweeps"},
     {"head_loss.calls"},
@@ -72,7 +73,9 @@ OUTSIDE = {
         "head_loss.triton_blocks",
         "head_loss.triton_one_trip",
         "head_loss.triton_gradients",
+        "head_loss.triton_mixture",
         "head_loss.triton_statistics",
+        "head_loss.triton_words",
     },
 }
 

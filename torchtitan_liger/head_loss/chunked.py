@@ -13,6 +13,7 @@ logits are computed once more in the backward pass. Nothing here waits for a GPU
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from torchtitan_liger.head_loss.statistics import (
     Statistics,
     Sums,
 )
-from torchtitan_liger.head_loss.terms import slopes_of
+from torchtitan_liger.head_loss.terms import Term, slopes_of
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
@@ -167,25 +168,30 @@ def run(
         with_grad = need_d_hidden or need_d_weight
         # The scale belongs to the gradients before they are rounded.
         weight_N = call.scale * token_weight_N
-        two_phase, constant = call.two_phase, _slopes_are_constant(call)
+        two_phase, constant = call.two_phase, _slopes_are_constant(call.terms)
         # A row's gradient may need nothing but the row: no other tokens, no other ranks'
         # columns, and no statistic that is known only when the row has been read.
-        of_rows_alone = constant and not two_phase and call.shard is None
+        of_rows_alone = with_grad and not two_phase and call.shard is None
         parts = []
-        if with_grad and of_rows_alone and call.needs <= IN_ONE_TRIP:
+        if of_rows_alone and constant and call.needs <= IN_ONE_TRIP:
             for tokens in call.chunks():
                 constants = _partials(passes, None, tokens, weight_N)
                 parts.append(
                     passes.gradients_in_one_trip(passes.logits(tokens), constants)
                 )
         else:
-            for chunk, part in _one_by_one(passes):
+            of_mixture = [term for term in call.terms if "jsd" in term.needs]
+            mixture_last = (
+                of_rows_alone and bool(of_mixture) and _slopes_are_constant(of_mixture)
+            )
+            for chunk, part in _one_by_one(passes, with_mixture=not mixture_last):
                 parts.append(part)
                 if with_grad and not two_phase:
                     statistics = None if constant else passes.statistics(part)
                     of_loss = _partials(passes, statistics, chunk.tokens, weight_N)
                     coefficients = passes.coefficients(of_loss, part, statistics)
-                    passes.gradients(chunk, coefficients)
+                    lacking = part if mixture_last else None
+                    passes.gradients(chunk, coefficients, lacking)
         sums = _together(parts)
         # What is only reported comes last, for all tokens at once.
         statistics, inputs = passes.statistics(sums), passes.inputs
@@ -209,21 +215,22 @@ def run(
     )
 
 
-def _one_by_one(passes: Passes) -> Iterator[tuple[Chunk, Sums]]:
+def _one_by_one(passes: Passes, *, with_mixture: bool) -> Iterator[tuple[Chunk, Sums]]:
     """Each chunk with its sums, while its logits are still there."""
+    finish = partial(passes.finish, with_mixture=with_mixture)
     pending = None
     for tokens in passes.call.chunks():
         chunk = passes.logits(tokens)
         wait = passes.start(chunk)
         if passes.call.shard is None:
-            yield chunk, passes.finish(chunk, wait)
+            yield chunk, finish(chunk, wait)
             continue
         # While a chunk's sums travel, the next one's logits are computed.
         if pending is not None:
-            yield pending[0], passes.finish(*pending)
+            yield pending[0], finish(*pending)
         pending = chunk, wait
     if pending is not None:
-        yield pending[0], passes.finish(*pending)
+        yield pending[0], finish(*pending)
 
 
 def _together(parts: Sequence[Sums]) -> Sums:
@@ -235,8 +242,8 @@ def _together(parts: Sequence[Sums]) -> Sums:
     }
 
 
-def _slopes_are_constant(call: HeadCall) -> bool:
-    return all(slopes_of(term) is not None for term in call.terms if term.weight)
+def _slopes_are_constant(terms: Sequence[Term]) -> bool:
+    return all(slopes_of(term) is not None for term in terms if term.weight)
 
 
 def _partials(

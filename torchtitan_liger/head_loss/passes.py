@@ -2,7 +2,7 @@
 
     logits_Cv = hidden_CD @ weight_vD.T       product 1
     sums of each row                          sweep 1 (and one collective, if sharded)
-    of a JSD, how far it is to the mixture    one more sweep (and collective)
+    of a JSD, how far it is to the mixture    one more sweep and collective, or in sweep 2
     terms: loss, d loss / d statistics        a few numbers per row, not here
     logits_Cv -> d loss / d logits, in place  sweep 2
     d_hidden_CD = d_logits @ weight           product 2
@@ -275,10 +275,12 @@ class Passes:
             count += self._candidates_NK.shape[1] - 1
         return self.call.scale.new_empty(count, len(chunk.hidden_CD))
 
-    def finish(self, chunk: Chunk, wait: Callable[[], Sums]) -> Sums:
-        """The sums over all columns."""
+    def finish(
+        self, chunk: Chunk, wait: Callable[[], Sums], *, with_mixture: bool = True
+    ) -> Sums:
+        """The sums over all columns; those of a JSD's mixture can come with the gradient."""
         sums = wait()
-        if "jsd" in self.call.needs:
+        if "jsd" in self.call.needs and with_mixture:
             assert chunk.teacher is not None
             shares_2C = self._sweeps.mixture_sweep(
                 chunk.logits_Cv,
@@ -309,17 +311,34 @@ class Passes:
             partials, statistics, sums, self._vocab_size, self.call.jsd_beta
         )
 
-    def gradients(self, chunk: Chunk, coefficients: Coefficients) -> None:
-        """Sweep 2, products 2 and 3. Overwrites the chunk's logits."""
-        self._sweeps.gradient_sweep(
-            chunk.logits_Cv,
-            self._column_N[chunk.tokens],
-            self._transform,
-            coefficients,
-            candidates_CK=self._candidates(chunk),
-            teacher=chunk.teacher,
-            jsd_beta=self.call.jsd_beta,
-        )
+    def gradients(
+        self, chunk: Chunk, coefficients: Coefficients, sums: Sums | None = None
+    ) -> None:
+        """Sweep 2, products 2 and 3. Overwrites the chunk's logits.
+
+        Args:
+            sums: get those of the mixture, if `finish` has left them out.
+        """
+        of_chunk = chunk.logits_Cv, self._column_N[chunk.tokens], self._transform
+        candidates_CK, beta = self._candidates(chunk), self.call.jsd_beta
+        if sums is None:
+            self._sweeps.gradient_sweep(
+                *of_chunk,
+                coefficients,
+                candidates_CK=candidates_CK,
+                teacher=chunk.teacher,
+                jsd_beta=beta,
+            )
+        else:
+            kls_2C = self._sweeps.mixture_gradient_sweep(
+                *of_chunk,
+                coefficients,
+                sums,
+                candidates_CK=candidates_CK,
+                teacher=chunk.teacher,
+                jsd_beta=beta,
+            )
+            sums.update(zip(MIXTURE_SUMS, kls_2C, strict=True))
         self._products(chunk)
 
     def _products(self, chunk: Chunk) -> None:

@@ -185,7 +185,7 @@ def statistics_of(
     if "kl_rev" in needs:
         gap_C = sums["student_gap"] / sums["sumexp"]
         values["kl_rev"] = gap_C - (log_sumexp_C - teacher_log_C)
-    if "jsd" in needs:
+    if "jsd" in needs and sums.keys() >= set(MIXTURE_SUMS):
         student_kl, teacher_kl = (sums[name] for name in MIXTURE_SUMS)
         values["jsd"] = jsd_beta * teacher_kl + (1 - jsd_beta) * student_kl
     return Statistics(
@@ -257,6 +257,12 @@ class Coefficients(NamedTuple):
         parts: list[Any] = [None if x is None else x[rows] for x in self]
         return Coefficients(*parts)
 
+    def with_mixture(self, student_kl_C: torch.Tensor) -> Coefficients:
+        """With what those of sums without `MIXTURE_SUMS` lack, from KL(p | m)."""
+        if self.mixture is None:
+            return self
+        return self._replace(softmax=self.softmax + self.mixture * student_kl_C)
+
 
 def coefficients_of(
     partials: Partials,
@@ -302,10 +308,11 @@ def coefficients_of(
         rest["log_softmax"] = partials.kl_rev + rest.get("log_softmax", 0.0)
         rest["log_teacher"] = -partials.kl_rev
     if partials.jsd is not None:
-        share_C = (1 - jsd_beta) * partials.jsd
-        softmax_C = softmax_C - share_C * sums["student_mixture_kl"]
-        rest["mixture"] = -share_C
+        rest["mixture"] = (jsd_beta - 1) * partials.jsd
     if rest.keys() & {"teacher", "log_teacher", "mixture"}:
         rest["teacher_max"] = sums["teacher_max"]
         rest["teacher_sumexp"] = sums["teacher_sumexp"]
-    return Coefficients(sums["max"], sums["sumexp"], softmax_C, partials.logp, **rest)
+    by = Coefficients(sums["max"], sums["sumexp"], softmax_C, partials.logp, **rest)
+    if "student_mixture_kl" in sums:
+        by = by.with_mixture(sums["student_mixture_kl"])
+    return by

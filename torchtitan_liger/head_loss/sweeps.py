@@ -2,8 +2,8 @@
 
 `statistics_sweep` reads the logits and leaves a few sums per row; `gradient_sweep` turns
 them, in place, into the gradient of the loss by the logits; `one_trip_sweep` does both where
-nothing comes between, and a JSD has `mixture_sweep` there. All see only this rank's
-columns, and go through blocks of rows that fit into a processor's cache, so that a chain
+nothing comes between. A JSD has `mixture_sweep` there, or `mixture_gradient_sweep`, which is
+the gradient's too. All see only this rank's columns, and go through blocks of rows that fit into a processor's cache, so that a chain
 of elementwise operations costs one trip to memory.
 
 `C` tokens of a chunk, `v` this rank's columns of the vocabulary, `K` candidates.
@@ -119,6 +119,41 @@ def mixture_sweep(
         m_by_p, q_by_m = _to_mixture(log_p, log_q, beta)
         torch.sum(_product(log_p.exp(), -m_by_p), dim=1, out=shares_2C[0, rows])
         torch.sum(_product(log_q.exp(), q_by_m), dim=1, out=shares_2C[1, rows])
+    return shares_2C
+
+
+def mixture_gradient_sweep(
+    logits_Cv: torch.Tensor,
+    column_C: torch.Tensor,
+    transform: Transform,
+    coefficients: Coefficients,
+    sums: Sums,
+    *,
+    candidates_CK: torch.Tensor | None = None,
+    teacher: Logits,
+    jsd_beta: float,
+) -> torch.Tensor:
+    """`mixture_sweep` and then `gradient_sweep`, in one trip to memory, of all columns.
+
+    Args:
+        coefficients: from sums without `MIXTURE_SUMS`.
+        sums: likewise.
+    """
+    shares_2C = sums["max"].new_zeros(2, logits_Cv.shape[0])
+    for rows in _blocks(logits_Cv):
+        block = logits_Cv[rows]
+        of_rows = {name: x[..., rows] for name, x in sums.items()}
+        other = teacher._replace(logits_Cv=teacher.logits_Cv[rows])
+        shares_2C[:, rows] = mixture_sweep(block, transform, other, of_rows, jsd_beta)
+        gradient_sweep(
+            block,
+            column_C[rows],
+            transform,
+            coefficients.part(rows).with_mixture(shares_2C[0, rows]),
+            candidates_CK=None if candidates_CK is None else candidates_CK[rows],
+            teacher=other,
+            jsd_beta=jsd_beta,
+        )
     return shares_2C
 
 

@@ -9,6 +9,7 @@ from triton.language.extra import libdevice
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+TWO_OF_NOTHING = tl.constexpr(-0x7F0080)  # the bits of -inf, twice
 
 
 @triton.jit
@@ -35,6 +36,35 @@ def sum_of(z):
 def load_raw(pointer, columns, num_columns):
     """What the memory has of these columns; -inf beyond the last one."""
     return tl.load(pointer + columns, mask=columns < num_columns, other=-float("inf"))
+
+
+@triton.jit
+def load_ahead(pointer, start, tile, begin, end, PAIRS: tl.constexpr):
+    """What the memory has of a tile from `start` on; -inf before `begin`, or from `end` on:
+    one of them is None, where no tile comes.
+
+    If PAIRS, a tile of words with two bfloat16 each, which `widened` takes: in half the
+    registers, and by half the instructions.
+    """
+    if PAIRS:
+        pointer = pointer.to(tl.pointer_type(tl.int32), bitcast=True)
+        # Shifts, of which the compiler knows what is left of a divisor of 16.
+        start, begin = start >> 1, None if begin is None else begin >> 1
+        end = None if end is None else end >> 1
+    places = start + tile
+    inside = places < end if begin is None else places >= begin
+    other: tl.constexpr = TWO_OF_NOTHING if PAIRS else -float("inf")
+    return tl.load(pointer + places, mask=inside, other=other)
+
+
+@triton.jit
+def widened(raw, PAIRS: tl.constexpr):
+    """A tile of numbers from `load_ahead`."""
+    if PAIRS:
+        first = (raw << 16).to(tl.float32, bitcast=True)
+        second = (raw & -0x10000).to(tl.float32, bitcast=True)
+        raw = tl.interleave(first, second)
+    return raw
 
 
 @triton.jit
@@ -146,6 +176,14 @@ def bits_to(origin, maximum):
 
 
 @triton.jit
+def around_one(maximum, sumexp):
+    """An origin above which a row's exponentials add up to about 1, and 1 / that sum."""
+    origin = tl.floor(maximum * LOG2_E + tl.log2(sumexp))
+    _, to_max = bits_to(origin, maximum)
+    return origin, to_max / sumexp
+
+
+@triton.jit
 def at_least_one(sumexp, maximum):
     """A sum of exponentials above their maximum: its own is 1, whatever was rounded."""
     return tl.where((sumexp < 1) & (maximum > -float("inf")), 1.0, sumexp)
@@ -185,24 +223,31 @@ def product_of_bits(exp, bits):
 
 @triton.jit
 def log2_of(z, maximum, sumexp):
-    """log2 of a softmax; what is below -120, as -inf is, counts for nothing."""
+    """log2 of a softmax."""
     log2_e = tl.full((), LOG2_E, maximum.dtype)
-    bits = tl.fma(z - maximum, log2_e, -tl.log(sumexp) * log2_e)
+    return tl.fma(z - maximum, log2_e, -tl.log(sumexp) * log2_e)
+
+
+@triton.jit
+def counted(bits):
+    """What is below -120, as -inf is, counts for nothing."""
     return tl.maximum(bits, -120.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def to_mixture(bits_p, bits_q, BETA: tl.constexpr, FAST: tl.constexpr):
-    """p, q, log2(m / p) and log2(q / m) of `m = BETA q + (1 - BETA) p`, from `log2_of`
-    both.
+def to_mixture(bits_p, bits_q, by_ratio, BETA: tl.constexpr, FAST: tl.constexpr):
+    """p, q, log2(m / p) and log2(q / m) of `m = BETA q + (1 - BETA) p`, from `counted`
+    logarithms of both.
 
     Exact also where m is nearly p or q. If FAST, in half the instructions: the logarithms
-    to 6e-7 where they are small, and to 4e-7 of them elsewhere.
+    to 6e-7 where they are small, and to 4e-7 of them elsewhere. With `by_ratio`, which is
+    BETA otherwise, the logarithms may then lack normalizers: p and q lack them too, and the
+    last one of the four lacks the logarithm of `by_ratio / BETA`.
     """
     p, gap = tl.exp2(bits_p), bits_q - bits_p
     q_by_p = tl.exp2(gap)
     if FAST:
-        log_m = libdevice.fast_log2f(BETA * q_by_p + (1 - BETA))
+        log_m = libdevice.fast_log2f(by_ratio * q_by_p + (1 - BETA))
         return p, p * q_by_p, log_m, gap - log_m
     # Of the smaller and the larger one; neither may be what the other leaves of 1.
     of_p, of_q = tl.full((), 1 - BETA, gap.dtype), tl.full((), BETA, gap.dtype)

@@ -7,6 +7,7 @@ from torchtitan_liger.head_loss.triton_blocks import (
     LN_2,
     bits_above,
     bits_to,
+    counted,
     finite,
     load_logits,
     load_optional,
@@ -107,8 +108,9 @@ def gradient_kernel(
                 factor += c_log_teacher * log_q
             if by_mixture is not None:
                 _p, _q, m_by_p, _q_by_m = to_mixture(
-                    log2_of(z, maximum, sumexp),
-                    log2_of(v, t_maximum, t_sumexp),
+                    counted(log2_of(z, maximum, sumexp)),
+                    counted(log2_of(v, t_maximum, t_sumexp)),
+                    BETA,
                     BETA,
                     FAST,
                 )

@@ -7,12 +7,13 @@ import triton.language as tl
 from torchtitan_liger.head_loss.triton_blocks import (
     LN_2,
     bits_above,
+    load_ahead,
     load_logit,
     load_optional,
-    load_raw,
     product,
     store_gradient,
     to_logits,
+    widened,
 )
 from torchtitan_liger.head_loss.triton_statistics import (
     gap_together,
@@ -20,6 +21,13 @@ from torchtitan_liger.head_loss.triton_statistics import (
     store_softmax,
     threads_sums,
     together,
+)
+from torchtitan_liger.head_loss.triton_words import (
+    leave,
+    number_word,
+    numbers_left,
+    sum_word,
+    sums_left,
 )
 
 # The words that each part of a row leaves to the others, by kind.
@@ -57,6 +65,7 @@ def one_trip_kernel(
     AT_teacher_shifted_sum: tl.constexpr,
     AT_student_gap: tl.constexpr,
     AT_teacher_gap: tl.constexpr,
+    PAIRS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr,
@@ -72,9 +81,7 @@ def one_trip_kernel(
     `words` are zeros [num_rows, kinds, num_parts] in int64, or None for a single part.
 
     A row's parts are programs that run side by side, so that a part is in a near cache when
-    it is read again: each leaves its maxima and sums in words and waits for the others'
-    words. A GPU starts programs in their order, and finishes those that do not wait: the
-    parts of a row need no more than room for as many programs.
+    it is read again: each leaves its maxima and sums in words and waits for the others'.
     """
     program = tl.program_id(0)
     row = (program // num_parts).to(tl.int64)
@@ -116,6 +123,7 @@ def one_trip_kernel(
         AT_teacher_shifted_sum >= 0,
         AT_student_gap >= 0,
         AT_teacher_gap >= 0,
+        PAIRS,
         SOFTCAP,
         TEMPERATURE,
         TEACHER_SOFTCAP,
@@ -138,16 +146,16 @@ def one_trip_kernel(
     tl.debug_barrier()  # all threads have read what is overwritten below
     if words is not None:
         words += row * num_parts * (TEACHER_KINDS if WITH_TEACHER else 1)
-        _leave(words, SUM, num_parts, part, _sum_word(maximum, sumexp))
+        leave(words, SUM, num_parts, part, sum_word(maximum, sumexp))
         if WITH_TEACHER:
-            _leave(words, TEACHER_SUM, num_parts, part, _sum_word(t_maximum, t_sumexp))
+            leave(words, TEACHER_SUM, num_parts, part, sum_word(t_maximum, t_sumexp))
             if AT_student_gap >= 0:
-                _leave(words, STUDENT_GAP, num_parts, part, _gap_word(student_gap))
+                leave(words, STUDENT_GAP, num_parts, part, number_word(student_gap))
             if AT_teacher_gap >= 0:
-                _leave(words, TEACHER_GAP, num_parts, part, _gap_word(teacher_gap))
+                leave(words, TEACHER_GAP, num_parts, part, number_word(teacher_gap))
             if AT_teacher_shifted_sum >= 0:
-                word = _gap_word(t_shifted_sum)
-                _leave(words, TEACHER_SHIFTED_SUM, num_parts, part, word)
+                word = number_word(t_shifted_sum)
+                leave(words, TEACHER_SHIFTED_SUM, num_parts, part, word)
     if logit_sums is not None:
         tl.store(logit_sums + part * num_rows + row, tl.sum(logit_sum, axis=0))
     if here | ((part == 0) & (column < 0)):
@@ -155,24 +163,25 @@ def one_trip_kernel(
     # The columns that were read last are in the nearest cache.
     num_blocks = tl.cdiv(end - begin, GRADIENT_BLOCK)
     block = tl.arange(0, GRADIENT_BLOCK)
-    last = begin + (num_blocks - 1) * GRADIENT_BLOCK + block
-    raw = load_raw(logits, last, end)
+    ahead = tl.arange(0, GRADIENT_BLOCK // 2) if PAIRS else block
+    last = begin + (num_blocks - 1) * GRADIENT_BLOCK
+    raw = load_ahead(logits, last, ahead, None, end, PAIRS)
     if LEARNS:
-        t_raw = load_raw(teacher, last, end)
+        t_raw = load_ahead(teacher, last, ahead, None, end, PAIRS)
     if words is not None:
-        maxima, sumexps = _sums(words, SUM, num_parts, MOST_PARTS)
+        maxima, sumexps = sums_left(words, SUM, num_parts, MOST_PARTS)
         maximum, base, shifts, sumexp = together(maxima, sumexps)
         if WITH_TEACHER:
-            t_maxima, t_sumexps = _sums(words, TEACHER_SUM, num_parts, MOST_PARTS)
+            t_maxima, t_sumexps = sums_left(words, TEACHER_SUM, num_parts, MOST_PARTS)
             t_maximum, t_base, t_shifts, t_sumexp = together(t_maxima, t_sumexps)
             if AT_student_gap >= 0:
-                student_gaps = _gaps(words, STUDENT_GAP, num_parts, MOST_PARTS)
+                student_gaps = numbers_left(words, STUDENT_GAP, num_parts, MOST_PARTS)
                 student_gap = gap_together(student_gaps, sumexps, shifts, t_shifts)
             if AT_teacher_gap >= 0:
-                teacher_gaps = _gaps(words, TEACHER_GAP, num_parts, MOST_PARTS)
+                teacher_gaps = numbers_left(words, TEACHER_GAP, num_parts, MOST_PARTS)
                 teacher_gap = gap_together(teacher_gaps, t_sumexps, t_shifts, shifts)
             if AT_teacher_shifted_sum >= 0:
-                gaps = _gaps(words, TEACHER_SHIFTED_SUM, num_parts, MOST_PARTS)
+                gaps = numbers_left(words, TEACHER_SHIFTED_SUM, num_parts, MOST_PARTS)
                 t_shifted_sum = gap_together(gaps, t_sumexps, t_shifts, 0.0)
     if part == 0:
         at = sums + AT_max * num_rows, sums + AT_sumexp * num_rows
@@ -199,17 +208,19 @@ def one_trip_kernel(
         t_factor = tl.load(by_teacher + row) / t_sumexp
     c_constant = load_optional(by_constant, row)
     for i in range(0, num_blocks):
-        columns = begin + (num_blocks - 1 - i) * GRADIENT_BLOCK + block
-        this, before = raw, columns - GRADIENT_BLOCK
+        first = begin + (num_blocks - 1 - i) * GRADIENT_BLOCK
+        columns, before = first + block, first - GRADIENT_BLOCK
+        this = widened(raw, PAIRS)
         z = to_logits(this, dtype, columns, end, SOFTCAP, TEMPERATURE)
-        raw = tl.load(logits + before, mask=before >= begin, other=0.0)
+        raw = load_ahead(logits, before, ahead, begin, None, PAIRS)
         bits = bits_above(base, z)
         t_bits = bits
         if LEARNS:
+            t_this = widened(t_raw, PAIRS)
             v = to_logits(
-                t_raw, dtype, columns, end, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
+                t_this, dtype, columns, end, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
             )
-            t_raw = tl.load(teacher + before, mask=before >= begin, other=0.0)
+            t_raw = load_ahead(teacher, before, ahead, begin, None, PAIRS)
             t_bits = bits_above(t_base, v)
         grad = _dense(bits, t_bits, factor, slope, t_factor, by_kl_rev, by_teacher)
         grad += c_constant
@@ -238,54 +249,3 @@ def _dense(bits, t_bits, factor, slope, t_factor, by_kl_rev, by_teacher):
     if by_teacher is not None:
         grad += tl.exp2(t_bits) * t_factor
     return grad
-
-
-@triton.jit
-def _sum_word(maximum, sumexp):
-    """Two float32 in a word that is never zero: the sum is zero only beside -inf."""
-    high = maximum.to(tl.int32, bitcast=True).to(tl.int64) << 32
-    low = sumexp.to(tl.int32, bitcast=True).to(tl.int64)
-    return high | (low & 0x7FFFFFFF)  # the sum has no sign, unless it is NaN
-
-
-@triton.jit
-def _gap_word(gap):
-    """A float32 in a word that is never zero."""
-    return (gap.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (1 << 32)
-
-
-@triton.jit
-def _leave(words, KIND: tl.constexpr, num_parts, part, word):
-    tl.atomic_xchg(words + KIND * num_parts + part, word, sem="relaxed")
-
-
-@triton.jit
-def _sums(words, KIND: tl.constexpr, num_parts, MOST_PARTS: tl.constexpr):
-    """All parts' maxima and sums of exponentials."""
-    # Beyond the last part the bits of -inf, and of 0.
-    word = _when_there(words, KIND, num_parts, -0x0080_0000 << 32, MOST_PARTS)
-    maxima = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return maxima, word.to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _gaps(words, KIND: tl.constexpr, num_parts, MOST_PARTS: tl.constexpr):
-    word = _when_there(words, KIND, num_parts, 1 << 32, MOST_PARTS)
-    return word.to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _when_there(
-    words,
-    KIND: tl.constexpr,
-    num_parts,
-    BEYOND: tl.constexpr,
-    MOST_PARTS: tl.constexpr,
-):
-    """All parts' words of one kind, of which none is zero once it has been left."""
-    parts = tl.arange(0, MOST_PARTS)
-    words += KIND * num_parts
-    word = tl.load(words + parts, parts < num_parts, other=BEYOND, volatile=True)
-    while tl.min((word != 0).to(tl.int32), axis=0) == 0:
-        word = tl.load(words + parts, parts < num_parts, other=BEYOND, volatile=True)
-    return word

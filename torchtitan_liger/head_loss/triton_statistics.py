@@ -14,10 +14,8 @@ from torchtitan_liger.head_loss.triton_blocks import (
     bits_to,
     finite,
     followed,
+    load_ahead,
     load_logit,
-    load_logits,
-    load_raw,
-    log2_of,
     moved_sum,
     origin_of,
     product,
@@ -26,7 +24,7 @@ from torchtitan_liger.head_loss.triton_blocks import (
     sum_of,
     threads_tile,
     to_logits,
-    to_mixture,
+    widened,
 )
 
 
@@ -54,6 +52,7 @@ def statistics_kernel(
     AT_teacher_gap: tl.constexpr,
     AT_candidate_logits: tl.constexpr,
     NUM_CANDIDATES: tl.constexpr,
+    PAIRS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr,
@@ -92,6 +91,7 @@ def statistics_kernel(
         AT_teacher_shifted_sum >= 0,
         AT_student_gap >= 0,
         AT_teacher_gap >= 0,
+        PAIRS,
         SOFTCAP,
         TEMPERATURE,
         TEACHER_SOFTCAP,
@@ -152,6 +152,7 @@ def threads_sums(
     WITH_teacher_shifted_sum: tl.constexpr,
     WITH_student_gap: tl.constexpr,
     WITH_teacher_gap: tl.constexpr,
+    PAIRS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr,
@@ -166,6 +167,7 @@ def threads_sums(
     exponentials is in bits.
     """
     tile = threads_tile(BLOCK, UNROLL, VECTOR)
+    ahead = threads_tile(BLOCK // 2, UNROLL, VECTOR // 2) if PAIRS else tile
     zeros = tl.zeros([BLOCK // VECTOR], dtype)
     maximum = zeros - float("inf")
     origin = maximum
@@ -179,24 +181,26 @@ def threads_sums(
     t_shifted_sum = zeros
     student_gap = zeros
     teacher_gap = zeros
-    raw = load_raw(logits, begin + tile, end)
+    raw = load_ahead(logits, begin, ahead, None, end, PAIRS)
     if WITH_teacher:
-        t_raw = load_raw(teacher, begin + tile, end)
+        t_raw = load_ahead(teacher, begin, ahead, None, end, PAIRS)
 
     for start in range(begin, end, BLOCK * UNROLL):
         columns = start + tile
-        following = columns + BLOCK * UNROLL  # on its way while others compute
-        z = to_logits(raw, dtype, columns, end, SOFTCAP, TEMPERATURE)
-        raw = load_raw(logits, following, end)
+        following = start + BLOCK * UNROLL  # on its way while others compute
+        this = widened(raw, PAIRS)
+        z = to_logits(this, dtype, columns, end, SOFTCAP, TEMPERATURE)
+        raw = load_ahead(logits, following, ahead, None, end, PAIRS)
         maximum, origin, base, shift = followed(maximum, origin, z)
         rescale = tl.exp2(shift)
         shifted = bits_above(base[:, None, None], z)
         exp = tl.exp2(shifted)
         if WITH_teacher:
+            t_this = widened(t_raw, PAIRS)
             v = to_logits(
-                t_raw, dtype, columns, end, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
+                t_this, dtype, columns, end, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
             )
-            t_raw = load_raw(teacher, following, end)
+            t_raw = load_ahead(teacher, following, ahead, None, end, PAIRS)
             t_maximum, t_origin, t_base, t_shift = followed(t_maximum, t_origin, v)
             t_rescale = tl.exp2(t_shift)
             t_shifted = bits_above(t_base[:, None, None], v)
@@ -267,49 +271,3 @@ def store_softmax(at_max, at_sumexp, maximum, base, sumexp):
 def store_gap(at, gap, bits, sumexp, to_max):
     """A sum of `gap_together` above the maxima, `bits` from the origins."""
     tl.store(at, moved_sum(gap, bits, sumexp, to_max) * LN_2)
-
-
-@triton.jit
-def mixture_kernel(
-    logits,
-    stride,
-    num_columns,
-    teacher,
-    teacher_stride,
-    maxima,
-    sumexps,
-    teacher_maxima,
-    teacher_sumexps,
-    shares,
-    num_rows,
-    BETA: tl.constexpr,
-    FAST: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    TEACHER_TEMPERATURE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    teacher += row * teacher_stride
-    dtype: tl.constexpr = shares.dtype.element_ty
-    origin = finite(tl.load(maxima + row))
-    sumexp = tl.load(sumexps + row)
-    t_origin = finite(tl.load(teacher_maxima + row))
-    t_sumexp = tl.load(teacher_sumexps + row)
-    student_kl = tl.zeros([BLOCK], dtype)
-    teacher_kl = tl.zeros([BLOCK], dtype)
-    for start in range(0, num_columns, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        z = load_logits(logits, dtype, columns, num_columns, SOFTCAP, TEMPERATURE)
-        v = load_logits(
-            teacher, dtype, columns, num_columns, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
-        )
-        p, q, m_by_p, q_by_m = to_mixture(
-            log2_of(z, origin, sumexp), log2_of(v, t_origin, t_sumexp), BETA, FAST
-        )
-        student_kl -= p * m_by_p
-        teacher_kl += q * q_by_m
-    tl.store(shares + row, tl.sum(student_kl, axis=0) * LN_2)
-    tl.store(shares + num_rows + row, tl.sum(teacher_kl, axis=0) * LN_2)

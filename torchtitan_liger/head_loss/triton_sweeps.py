@@ -20,22 +20,20 @@ from torchtitan_liger.head_loss.statistics import (
 )
 from torchtitan_liger.head_loss.sweeps import Logits, Transform
 from torchtitan_liger.head_loss.triton_gradients import gradient_kernel, scale_kernel
+from torchtitan_liger.head_loss.triton_mixture import MIXTURE_KINDS, mixture_kernel
 from torchtitan_liger.head_loss.triton_one_trip import (
     TEACHER_KINDS,
     one_trip_kernel,
 )
-from torchtitan_liger.head_loss.triton_statistics import (
-    mixture_kernel,
-    statistics_kernel,
-)
+from torchtitan_liger.head_loss.triton_statistics import statistics_kernel
 
 # The fastest on an H200 of blocks from 256 to 8,192, 1 to 16 of them at a time, 2 to 32
 # warps, with products between them. Times are for 4,096 rows of 128,256 in bfloat16, where
 # a copy takes 491 us; in parentheses beside a teacher, for JSD and for forward KL. Products
 # leave the clock so low that most of these wait for instructions.
-STATISTICS_BLOCK, STATISTICS_UNROLL, STATISTICS_WARPS = 1024, 2, 4  # 292 (534, 615) us
+STATISTICS_BLOCK, STATISTICS_UNROLL, STATISTICS_WARPS = 1024, 2, 4  # 292 (505, 590) us
 GRADIENT_BLOCK, GRADIENT_BLOCKS, GRADIENT_WARPS = 1024, 8, 4  # 514 (776, 738) us
-MIXTURE_BLOCK, MIXTURE_WARPS = 2048, 8  # 630 us
+MIXTURE_BLOCK, MIXTURE_WARPS = 512, 1  # 630 us; with the gradient 1,255
 TRIP_COLUMNS, TRIP_BLOCK, TRIP_UNROLL, TRIP_GRADIENT_BLOCK = 6144, 512, 4, 2048
 TRIP_WARPS = 2  # 16 parts share a multiprocessor, and its cache; 575 us (1,110 with KL)
 SCALE_BLOCK, SCALE_BLOCKS = 2048, 16
@@ -65,6 +63,7 @@ def statistics_sweep(
         *_teacher_arguments(teacher),
         **_places(sums, SUMS),
         NUM_CANDIDATES=0 if candidates_CK is None else candidates_CK.shape[1],
+        PAIRS=_in_pairs(logits_Cv, teacher),
         **_transforms(transform, teacher),
         **_tile(STATISTICS_BLOCK, STATISTICS_UNROLL, logits_Cv),
         num_warps=STATISTICS_WARPS,
@@ -114,9 +113,10 @@ def one_trip_sweep(
         words_CWP,
         num_parts,
         part_columns,
-        # One for each lane of a warp, at least: all of them stop waiting at once.
-        MOST_PARTS=max(32, 1 << (num_parts - 1).bit_length()),
+        MOST_PARTS=_most_parts(num_parts),
         **_places(sums, (*names, *gaps)),
+        # The divergence of a reverse KL has no use for it.
+        PAIRS=partials.kl_rev is None and _in_pairs(logits_Cv, teacher),
         **_transforms(transform, teacher),
         **_tile(TRIP_BLOCK, unroll, logits_Cv),
         GRADIENT_BLOCK=_block(gradient_block, num_columns),
@@ -127,7 +127,7 @@ def one_trip_sweep(
 
 
 def _part_columns(logits_Cv: torch.Tensor, sums_dtype: torch.dtype) -> int:
-    """How many columns of a row `one_trip_kernel` gives to a program."""
+    """How many columns of a row a program has, where programs share rows."""
     num_columns = logits_Cv.shape[1]
     # Parts wait for each other's words: they have to run at the same time, which they do
     # not in Triton's interpreter. A word has room for two float32.
@@ -138,10 +138,26 @@ def _part_columns(logits_Cv: torch.Tensor, sums_dtype: torch.dtype) -> int:
     return -(-num_columns // (num_parts * 64)) * 64
 
 
+def _most_parts(num_parts: int) -> int:
+    """One for each lane of a warp, at least: all of them stop waiting at once."""
+    return max(32, 1 << (num_parts - 1).bit_length())
+
+
 def _is_fast(logits_Cv: torch.Tensor) -> bool:
     """Whether NVIDIA's own logarithm, to 2e-7, is far better than these logits are."""
     is_nvidia = logits_Cv.is_cuda and torch.version.hip is None
     return is_nvidia and logits_Cv.dtype.itemsize == 2
+
+
+def _in_pairs(logits_Cv: torch.Tensor, teacher: Logits | None) -> bool:
+    """Whether `load_ahead` may take columns by twos, which helps beside a teacher."""
+    if teacher is None:
+        return False
+    both = logits_Cv, teacher.logits_Cv
+    return logits_Cv.shape[1] % 2 == 0 and all(
+        x.dtype == torch.bfloat16 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
+        for x in both
+    )
 
 
 def mixture_sweep(
@@ -152,26 +168,88 @@ def mixture_sweep(
     beta: float,
 ) -> torch.Tensor:
     """As `sweeps.mixture_sweep`."""
+    return _mixture_trip(logits_Cv, transform, teacher, sums, beta, None, None)
+
+
+def mixture_gradient_sweep(
+    logits_Cv: torch.Tensor,
+    column_C: torch.Tensor,
+    transform: Transform,
+    coefficients: Coefficients,
+    sums: Sums,
+    *,
+    candidates_CK: torch.Tensor | None = None,
+    teacher: Logits,
+    jsd_beta: float,
+) -> torch.Tensor:
+    """As `sweeps.mixture_gradient_sweep`."""
+    by = coefficients
+    others = by.square, by.teacher, by.log_teacher, by.candidates
+    given = logits_Cv, transform, teacher, sums, jsd_beta
+    if by.mixture is not None and all(x is None for x in others):
+        return _mixture_trip(*given, column_C, by)
+    shares_2C = _mixture_trip(*given, None, None)
+    gradient_sweep(
+        logits_Cv,
+        column_C,
+        transform,
+        by.with_mixture(shares_2C[0]),
+        candidates_CK=candidates_CK,
+        teacher=teacher,
+        jsd_beta=jsd_beta,
+    )
+    return shares_2C
+
+
+def _mixture_trip(
+    logits_Cv: torch.Tensor,
+    transform: Transform,
+    teacher: Logits,
+    sums: Sums,
+    beta: float,
+    column_C: torch.Tensor | None,
+    by: Coefficients | None,
+) -> torch.Tensor:
+    """The shares, and by these coefficients the gradient."""
     num_rows, num_columns = logits_Cv.shape
-    shares_2C = sums["max"].new_zeros(2, num_rows)
-    if shares_2C.numel() and num_columns:
-        mixture_kernel[(num_rows,)](
-            logits_Cv,
-            logits_Cv.stride(0),
-            num_columns,
-            *_teacher_arguments(teacher),
-            sums["max"],
-            sums["sumexp"],
-            sums["teacher_max"],
-            sums["teacher_sumexp"],
-            shares_2C,
-            num_rows,
-            BETA=beta,
-            FAST=_is_fast(logits_Cv),
-            **_transforms(transform, teacher),
-            BLOCK=_block(MIXTURE_BLOCK, num_columns),
-            num_warps=MIXTURE_WARPS,
+    if num_rows == 0 or num_columns == 0:
+        return sums["max"].new_zeros(2, num_rows)
+    shares_2C = sums["max"].new_empty(2, num_rows)
+    part_columns = _part_columns(logits_Cv, shares_2C.dtype)
+    num_parts = -(-num_columns // part_columns)
+    words_CWP = None
+    if num_parts > 1:
+        kinds = MIXTURE_KINDS.value
+        words_CWP = torch.zeros(
+            num_rows, kinds, num_parts, dtype=torch.int64, device=logits_Cv.device
         )
+    by_rows: list[torch.Tensor | None] = [None] * 5
+    if by is not None:
+        by_rows = [by.softmax, by.label, by.log_softmax, by.constant, by.mixture]
+    mixture_kernel[(num_rows * num_parts,)](
+        logits_Cv,
+        logits_Cv.stride(0),
+        num_columns,
+        column_C,
+        *_teacher_arguments(teacher),
+        sums["max"],
+        sums["sumexp"],
+        sums["teacher_max"],
+        sums["teacher_sumexp"],
+        shares_2C,
+        num_rows,
+        *(None if x is None else x.contiguous() for x in by_rows),
+        words_CWP,
+        num_parts,
+        part_columns,
+        MOST_PARTS=_most_parts(num_parts),
+        BETA=beta,
+        FAST=_is_fast(logits_Cv),
+        PAIRS=_in_pairs(logits_Cv, teacher),
+        **_transforms(transform, teacher),
+        BLOCK=_block(MIXTURE_BLOCK, num_columns),
+        num_warps=MIXTURE_WARPS,
+    )
     return shares_2C
 
 

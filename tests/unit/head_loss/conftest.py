@@ -35,6 +35,7 @@ def sweeps(request, monkeypatch):
         names = [
             "statistics_sweep",
             "mixture_sweep",
+            "mixture_gradient_sweep",
             "gradient_sweep",
             "one_trip_sweep",
         ]

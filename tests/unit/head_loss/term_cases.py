@@ -37,6 +37,18 @@ class Squared(Term):
         return stats.logp.square() + stats.entropy * stats.uniform_ce
 
 
+@dataclass(frozen=True)
+class SquaredJSD(Term):
+    """One whose gradient needs the divergence itself."""
+
+    weight: float = 1.0
+    name: str = "squared_jsd"
+    needs = frozenset({"jsd"})
+
+    def loss(self, stats, rows):
+        return stats.jsd.square()
+
+
 # Each term with its definition on full logits: f(z, logp, y, rows) per token.
 TERMS = {
     "cross entropy": (
@@ -141,6 +153,10 @@ TERMS = {
         Distillation("jsd", beta=0.0),
         lambda z, lp, y, r: kl(r["teacher"], z),
     ),
+    "jsd, squared": (
+        SquaredJSD(),
+        lambda z, lp, y, r: jsd(z, r["teacher"], 0.5) ** 2,
+    ),
     "soft cross entropy": (
         Distillation("soft_cross_entropy"),
         lambda z, lp, y, r: F.cross_entropy(
@@ -169,7 +185,13 @@ EVERYTHING = (
     "jsd",
     "a user's",
 )
-SETS = [*((n,) for n in TERMS), ("entropy", "reverse kl"), MIXTURE, EVERYTHING]
+SETS = [
+    *((n,) for n in TERMS),
+    ("entropy", "reverse kl"),
+    ("smoothed", "entropy", "jsd"),
+    MIXTURE,
+    EVERYTHING,
+]
 
 
 def kl(of, to):
@@ -217,7 +239,7 @@ def inputs_of(names, rows):
     terms = [TERMS[name][0] for name in names]
     wanted = frozenset().union(*(term.inputs for term in terms))
     given = {name: rows[name] for name in rows if name in wanted}
-    if any(isinstance(term, Distillation) for term in terms):
+    if any(isinstance(term, Distillation | SquaredJSD) for term in terms):
         given["teacher"] = Teacher(logits=rows["teacher"])
     return given
 

@@ -132,7 +132,6 @@ def compile_all() -> None:
                 teacher=teacher if "teacher_max" in some else None,
             )
         triton_sweeps._is_fast = lambda logits_Cv: logits_Cv.dtype.itemsize == 2
-        triton_sweeps.mixture_sweep(logits, transform, teacher, sums, 0.3)
         row = torch.zeros(C, dtype=wide)
         for given in COEFFICIENTS:
             of_teacher = given & {"teacher", "log_teacher", "mixture"}
@@ -148,6 +147,23 @@ def compile_all() -> None:
                 teacher=teacher,
                 jsd_beta=0.3,
             )
+        for part_columns in (V, 1024):
+            if dtype == torch.float64 and part_columns < V:
+                continue  # a word has room for two float32
+            triton_sweeps._part_columns = lambda *_, n=part_columns: n
+            triton_sweeps.mixture_sweep(logits, transform, teacher, sums, 0.3)
+            of_softmaxes = "max", "sumexp", "teacher_max", "teacher_sumexp"
+            for given in ((), ("log_softmax", "constant")):
+                names = "softmax", "label", "mixture", *of_softmaxes, *given
+                triton_sweeps.mixture_gradient_sweep(
+                    logits,
+                    label,
+                    transform,
+                    Coefficients(**dict.fromkeys(names, row)),
+                    sums,
+                    teacher=teacher,
+                    jsd_beta=0.3,
+                )
         for needs, part_columns in itertools.product(IN_ONE_TRIP, (V, 1024)):
             if dtype == torch.float64 and part_columns < V:
                 continue  # a word has room for two float32

@@ -15,7 +15,7 @@ from tests.unit.head_loss.sweep_cases import (
 )
 from torchtitan_liger.head_loss import sweeps
 from torchtitan_liger.head_loss.statistics import Coefficients
-from torchtitan_liger.head_loss.sweeps import Logits
+from torchtitan_liger.head_loss.sweeps import Logits, Transform
 
 
 def test_a_mixture_with_a_narrower_teacher_is_as_exact(impl):
@@ -82,3 +82,71 @@ def test_a_mixture_of_nothing_known_is_unknown(impl, of_teacher):
     shares = impl.mixture_sweep(z, PLAIN, Logits(v, PLAIN), sums, 0.5)
     assert shares[:, 3].isnan().all()
     assert shares.isnan().sum() == 2
+
+
+SOME = ("softmax", "label", "mixture")
+OTHERS = ("log_softmax", "constant")
+FOR_TWO_SWEEPS = ("square", "teacher", "log_teacher", "candidates")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [SOME, (*SOME, *OTHERS), (*SOME, *OTHERS, *FOR_TWO_SWEEPS), SOME[:2]],
+    ids=lambda names: str(len(names)),
+)
+@pytest.mark.parametrize("transform", [PLAIN, Transform(2.0, 0.7)], ids=str)
+@pytest.mark.parametrize("num_columns", [1, 40, V])
+def test_mixture_and_gradient_in_one_trip_are_one_sweep_after_the_other(
+    impl, given, transform, num_columns, monkeypatch
+):
+    z, v, label, candidates = (x[:, :num_columns] if x.ndim == 2 else x for x in draw())
+    label, candidates = label % num_columns, candidates % num_columns
+    label[2] = -1
+    z[4] += 1e3
+    v[5] -= 1e3
+    z[6, : num_columns // 2] = -torch.inf
+    v[7, num_columns // 2 + 1 :] = -torch.inf
+    sums = sums_of(sweeps, z, v, label, candidates, transform)
+    g = torch.Generator().manual_seed(1)
+    drawn = {n: torch.randn(C, generator=g, dtype=torch.float64) for n in given}
+    if "candidates" in drawn:
+        drawn["candidates"] = torch.randn(candidates.shape, generator=g).double()
+    of_softmaxes = ("max", "sumexp", "teacher_max", "teacher_sumexp")
+    by = Coefficients(**{name: sums[name] for name in of_softmaxes}, **drawn)
+    teacher = Logits(v, Transform(3.0, 1.3))
+    teacher_sums = sums_of(sweeps, v, v, label, candidates, teacher.transform)
+    for name in ("max", "sumexp"):
+        sums[f"teacher_{name}"].copy_(teacher_sums[name])
+
+    expected = z.clone()
+    shares = sweeps.mixture_sweep(expected, transform, teacher, sums, 0.3)
+    more = {"candidates_CK": candidates, "teacher": teacher, "jsd_beta": 0.3}
+    complete = by.with_mixture(shares[0])
+    sweeps.gradient_sweep(expected, label, transform, complete, **more)
+
+    monkeypatch.setattr(sweeps, "CPU_BLOCK_ELEMENTS", 2 * num_columns)
+    found = impl.mixture_gradient_sweep(z, label, transform, by, sums, **more)
+    torch.testing.assert_close(found, shares, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(z, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_masked_column_beside_a_mixture_has_no_gradient(impl):
+    z, v, label, _ = draw(torch.float32)
+    z[:, 100:200] = -torch.inf
+    label[:] = 0
+    sums = sums_of(impl, z, v, label, NOTHING[1])
+    ones = torch.ones(C)
+    of_softmaxes = ("max", "sumexp", "teacher_max", "teacher_sumexp")
+    by = Coefficients(
+        **{name: sums[name] for name in of_softmaxes},
+        softmax=1e30 * ones,
+        label=-ones,
+        log_softmax=1e30 * ones,
+        mixture=1e30 * ones,
+    )
+    teacher = Logits(v, PLAIN)
+    impl.mixture_gradient_sweep(
+        z, label, PLAIN, by, sums, teacher=teacher, jsd_beta=0.5
+    )
+    assert not z[:, 100:200].any()
+    assert z[:, 200:].all()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.helpers import Problem
+from tests.unit.head_loss.term_cases import SquaredJSD
 from torchtitan_liger.head_loss import (
     CrossEntropy,
     Distillation,
@@ -22,6 +23,7 @@ from torchtitan_liger.head_loss import (
     Unlikelihood,
     ZLoss,
     linear_cross_entropy,
+    sweeps,
 )
 from torchtitan_liger.head_loss.passes import Passes
 
@@ -358,6 +360,37 @@ def test_what_is_linear_in_few_statistics_takes_one_trip(monkeypatch, terms, tri
     problem.run(lambda *args: HeadLoss(terms)(*args, teacher=teacher).loss)
     one, two = ["gradients_in_one_trip"], ["start", "gradients"]
     assert taken == (one if trips == 1 else two)
+
+
+@pytest.mark.parametrize(
+    ("terms", "with_gradient"),
+    [
+        ([Distillation("jsd")], True),
+        ([CrossEntropy(), EntropyBonus(0.1), Distillation("jsd", 0.5, 0.0)], True),
+        ([SquaredJSD()], False),
+        ([SquaredJSD(), Distillation("jsd")], False),
+    ],
+    ids=str,
+)
+def test_a_mixture_comes_with_the_gradient_unless_the_gradient_needs_it(
+    monkeypatch, terms, with_gradient
+):
+    taken = []
+    sweep = sweeps.mixture_gradient_sweep
+    monkeypatch.setattr(
+        sweeps,
+        "mixture_gradient_sweep",
+        lambda *a, **k: (taken.append(1), sweep(*a, **k))[1],
+    )
+    problem = Problem(T=37, D=16, V=101)
+    teacher = Teacher(logits=torch.randn(37, 101).double())
+    head = HeadLoss(terms)
+    problem.run(lambda *args: head(*args, teacher=teacher).loss)
+    assert bool(taken) == with_gradient
+    taken.clear()
+    with torch.no_grad():
+        head(problem.hidden, problem.weight, problem.labels, teacher=teacher)
+    assert not taken
 
 
 @dataclass(frozen=True)

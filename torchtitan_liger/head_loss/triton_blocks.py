@@ -235,19 +235,18 @@ def counted(bits):
 
 
 @triton.jit
-def to_mixture(bits_p, bits_q, by_ratio, BETA: tl.constexpr, FAST: tl.constexpr):
+def to_mixture(bits_p, bits_q, BETA: tl.constexpr, FAST: tl.constexpr):
     """p, q, log2(m / p) and log2(q / m) of `m = BETA q + (1 - BETA) p`, from `counted`
     logarithms of both.
 
     Exact also where m is nearly p or q. If FAST, in half the instructions: the logarithms
-    to 6e-7 where they are small, and to 4e-7 of them elsewhere. With `by_ratio`, which is
-    BETA otherwise, the logarithms may then lack normalizers: p and q lack them too, and the
-    last one of the four lacks the logarithm of `by_ratio / BETA`.
+    to 6e-7 where they are small, and to 4e-7 of them elsewhere. If both lack a logarithm, it
+    is a factor that p and q lack, and the other two are what they are.
     """
     p, gap = tl.exp2(bits_p), bits_q - bits_p
     q_by_p = tl.exp2(gap)
     if FAST:
-        log_m = libdevice.fast_log2f(by_ratio * q_by_p + (1 - BETA))
+        log_m = libdevice.fast_log2f(BETA * q_by_p + (1 - BETA))
         return p, p * q_by_p, log_m, gap - log_m
     # Of the smaller and the larger one; neither may be what the other leaves of 1.
     of_p, of_q = tl.full((), 1 - BETA, gap.dtype), tl.full((), BETA, gap.dtype)

@@ -111,7 +111,6 @@ def gradient_kernel(
                     counted(log2_of(z, maximum, sumexp)),
                     counted(log2_of(v, t_maximum, t_sumexp)),
                     BETA,
-                    BETA,
                     FAST,
                 )
                 factor += c_mixture * m_by_p

@@ -72,16 +72,14 @@ def mixture_kernel(
     begin = part * part_columns
     end = tl.minimum(begin + part_columns, num_columns)
     dtype: tl.constexpr = shares.dtype.element_ty
-    maximum = finite(tl.load(maxima + row))
-    sumexp = tl.load(sumexps + row)
-    t_maximum = finite(tl.load(teacher_maxima + row))
-    t_sumexp = tl.load(teacher_sumexps + row)
-    # If FAST, normalizers are left for the end.
-    inverse, t_inverse = 1.0, 1.0
-    if FAST:
-        maximum, inverse = around_one(maximum, sumexp)
-        t_maximum, t_inverse = around_one(t_maximum, t_sumexp)
-    by_ratio = BETA * (t_inverse / inverse)
+    # By which `_bits` makes a softmax of logits.
+    at, by = finite(tl.load(maxima + row)), tl.load(sumexps + row)
+    t_at, t_by = finite(tl.load(teacher_maxima + row)), tl.load(teacher_sumexps + row)
+    inverse = 1.0
+    if FAST:  # the student's normalizer is left for the end, and from the teacher
+        at, inverse = around_one(at, by)
+        t_at, t_inverse = around_one(t_at, t_by)
+        t_by = tl.log2(t_inverse / inverse)
 
     block = tl.arange(0, BLOCK)
     tile = tl.arange(0, BLOCK // 2) if PAIRS else block
@@ -99,21 +97,21 @@ def mixture_kernel(
             dtype,
             start + block,
             end,
-            maximum,
-            sumexp,
-            t_maximum,
-            t_sumexp,
+            at,
+            by,
+            t_at,
+            t_by,
             FAST,
             SOFTCAP,
             TEMPERATURE,
             TEACHER_SOFTCAP,
             TEACHER_TEMPERATURE,
         )
-        p, q, m_by_p, q_by_m = to_mixture(counted(bits), t_bits, by_ratio, BETA, FAST)
+        p, q, m_by_p, q_by_m = to_mixture(counted(bits), t_bits, BETA, FAST)
         student_kls -= p * m_by_p
         teacher_kls += q * q_by_m
     student_kl = tl.sum(student_kls, axis=0) * inverse
-    teacher_kl = tl.sum(teacher_kls, axis=0) * t_inverse
+    teacher_kl = tl.sum(teacher_kls, axis=0) * inverse
     if by_softmax is not None:
         column = tl.load(label_columns + row).to(tl.int32)
         here = (column >= begin) & (column < end)
@@ -137,8 +135,6 @@ def mixture_kernel(
         parts = numbers_left(words, TEACHER_KL, num_parts, MOST_PARTS)
         teacher_kl = tl.sum(parts, axis=0)
     if part == 0:
-        if FAST:
-            teacher_kl += tl.log2(t_inverse / inverse)
         tl.store(shares + row, student_kl * LN_2)
         tl.store(shares + num_rows + row, teacher_kl * LN_2)
 
@@ -164,16 +160,15 @@ def mixture_kernel(
                 dtype,
                 columns,
                 end,
-                maximum,
-                sumexp,
-                t_maximum,
-                t_sumexp,
+                at,
+                by,
+                t_at,
+                t_by,
                 c_softmax,
                 c_log_softmax,
                 c_constant,
                 c_mixture,
                 by_log_softmax,
-                by_ratio,
                 BETA,
                 FAST,
                 SOFTCAP,
@@ -190,16 +185,15 @@ def mixture_kernel(
                 dtype,
                 column,
                 end,
-                maximum,
-                sumexp,
-                t_maximum,
-                t_sumexp,
+                at,
+                by,
+                t_at,
+                t_by,
                 c_softmax,
                 c_log_softmax,
                 c_constant,
                 c_mixture,
                 by_log_softmax,
-                by_ratio,
                 BETA,
                 FAST,
                 SOFTCAP,
@@ -218,16 +212,15 @@ def _gradient(
     dtype: tl.constexpr,
     columns,
     end,
-    maximum,
-    sumexp,
-    t_maximum,
-    t_sumexp,
+    at,
+    by,
+    t_at,
+    t_by,
     c_softmax,
     c_log_softmax,
     c_constant,
     c_mixture,
     by_log_softmax,
-    by_ratio,
     BETA: tl.constexpr,
     FAST: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -242,17 +235,17 @@ def _gradient(
         dtype,
         columns,
         end,
-        maximum,
-        sumexp,
-        t_maximum,
-        t_sumexp,
+        at,
+        by,
+        t_at,
+        t_by,
         FAST,
         SOFTCAP,
         TEMPERATURE,
         TEACHER_SOFTCAP,
         TEACHER_TEMPERATURE,
     )
-    _p, _q, m_by_p, _q_by_m = to_mixture(counted(bits), t_bits, by_ratio, BETA, FAST)
+    _p, _q, m_by_p, _q_by_m = to_mixture(counted(bits), t_bits, BETA, FAST)
     factor = c_softmax + c_mixture * m_by_p
     if by_log_softmax is not None:
         factor += c_log_softmax * counted(bits)
@@ -266,20 +259,20 @@ def _bits(
     dtype: tl.constexpr,
     columns,
     end,
-    maximum,
-    sumexp,
-    t_maximum,
-    t_sumexp,
+    at,
+    by,
+    t_at,
+    t_by,
     FAST: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr,
     TEACHER_TEMPERATURE: tl.constexpr,
 ):
-    """log2 of both softmaxes, if FAST without normalizers; the teacher's is `counted`."""
+    """log2 of both softmaxes, if FAST without the student's normalizer; the teacher's is
+    `counted`."""
     z = to_logits(raw, dtype, columns, end, SOFTCAP, TEMPERATURE)
     v = to_logits(t_raw, dtype, columns, end, TEACHER_SOFTCAP, TEACHER_TEMPERATURE)
     if FAST:
-        return bits_above(maximum, z), counted(bits_above(t_maximum, v))
-    bits = log2_of(z, maximum, sumexp)
-    return bits, counted(log2_of(v, t_maximum, t_sumexp))
+        return bits_above(at, z), counted(bits_above(t_at, v) + t_by)
+    return log2_of(z, at, by), counted(log2_of(v, t_at, t_by))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from tests.unit.head_loss.sweep_cases import (
     NOTHING,
@@ -13,7 +17,7 @@ from tests.unit.head_loss.sweep_cases import (
     draw,
     sums_of,
 )
-from torchtitan_liger.head_loss import sweeps
+from torchtitan_liger.head_loss import sweeps, triton_blocks, triton_sweeps
 from torchtitan_liger.head_loss.statistics import Coefficients
 from torchtitan_liger.head_loss.sweeps import Logits, Transform
 
@@ -150,3 +154,58 @@ def test_a_masked_column_beside_a_mixture_has_no_gradient(impl):
     )
     assert not z[:, 100:200].any()
     assert z[:, 200:].all()
+
+
+@triton.jit
+def log2(x):
+    return tl.log2(x)
+
+
+@pytest.mark.parametrize("num_columns", [5000, 5003])  # in pairs, and not
+@pytest.mark.parametrize("distance", [0.0, 0.03, 3.0, 100.0])
+def test_a_fast_mixture_is_as_good_as_its_logits(monkeypatch, distance, num_columns):
+    # The interpreter has no logarithm of NVIDIA's.
+    monkeypatch.setattr(triton_blocks, "libdevice", SimpleNamespace(fast_log2f=log2))
+    monkeypatch.setattr(triton_sweeps, "_is_fast", lambda _: True)
+    g = torch.Generator().manual_seed(0)
+    z, noise = 3 * torch.randn(2, C, num_columns, generator=g)
+    v = z + distance * noise
+    z[1, 0] += 30  # a sure token
+    z[2, :40] = -torch.inf
+    v[2, 20:60] = -torch.inf
+    z[3] += 1e4
+    v[4] -= 1e4
+    z, v = z.bfloat16(), v.bfloat16()
+    label = torch.randint(num_columns, (C,), generator=g)
+    exact = sums_of(sweeps, z.double(), v.double(), label, NOTHING[1])
+    sums = {name: x.float() for name, x in exact.items()}
+
+    def by(of):
+        drawn = torch.randn(3, C, generator=torch.Generator().manual_seed(1))
+        softmax, label_share, log_softmax = drawn.to(of["max"].dtype)
+        of_softmaxes = ("max", "sumexp", "teacher_max", "teacher_sumexp")
+        return Coefficients(
+            **{name: of[name] for name in of_softmaxes},
+            softmax=softmax,
+            label=label_share,
+            log_softmax=log_softmax,
+            mixture=torch.ones_like(softmax),
+        )
+
+    truth, teacher = z.double(), Logits(v.double(), PLAIN)
+    shares = sweeps.mixture_gradient_sweep(
+        truth, label, PLAIN, by(exact), exact, teacher=teacher, jsd_beta=0.3
+    )
+    # On two ranks each has a share.
+    pieces = [(x[:, :2000], x[:, 2000:]) for x in (z, v)]
+    of_ranks = [
+        triton_sweeps.mixture_sweep(x, PLAIN, Logits(y, PLAIN), sums, 0.3)
+        for x, y in zip(*pieces, strict=True)
+    ]
+    teacher = Logits(v, PLAIN)
+    found = triton_sweeps.mixture_gradient_sweep(
+        z, label, PLAIN, by(sums), sums, teacher=teacher, jsd_beta=0.3
+    )
+    for of_all in (found, sum(of_ranks)):
+        torch.testing.assert_close(of_all.double(), shares, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(z.double(), truth, rtol=2**-7, atol=1e-8)

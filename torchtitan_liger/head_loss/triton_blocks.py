@@ -73,12 +73,11 @@ def to_logits(
     dtype: tl.constexpr,
     columns,
     num_columns,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
+    TRANSFORM: tl.constexpr,
 ):
     """Logits z of what `load_raw` got, in the dtype of the sums."""
-    z = transformed(raw.to(dtype), SOFTCAP, TEMPERATURE)
-    if SOFTCAP > 0:  # tanh has made -inf finite
+    z = transformed(raw.to(dtype), TRANSFORM)
+    if TRANSFORM[0] > 0:  # tanh has made -inf finite
         z = tl.where(columns < num_columns, z, -float("inf"))
     return z
 
@@ -89,16 +88,18 @@ def load_logits(
     dtype: tl.constexpr,
     columns,
     num_columns,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
+    TRANSFORM: tl.constexpr,
 ):
     """Logits z of these columns; -inf beyond the last one."""
     raw = load_raw(pointer, columns, num_columns)
-    return to_logits(raw, dtype, columns, num_columns, SOFTCAP, TEMPERATURE)
+    return to_logits(raw, dtype, columns, num_columns, TRANSFORM)
 
 
 @triton.jit
-def transformed(z, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr):
+def transformed(z, TRANSFORM: tl.constexpr):
+    """By a `sweeps.Transform`."""
+    SOFTCAP: tl.constexpr = TRANSFORM[0]
+    TEMPERATURE: tl.constexpr = TRANSFORM[1]
     if SOFTCAP > 0:
         z = tanh(z / SOFTCAP) * (SOFTCAP / TEMPERATURE)
     elif TEMPERATURE != 1:
@@ -123,12 +124,11 @@ def load_logit(
     pointer,
     column,
     dtype: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
+    TRANSFORM: tl.constexpr,
 ):
     """What the memory has of one column, and its z; 0 where the column is -1."""
     raw = tl.load(pointer + column, mask=column >= 0, other=0.0)
-    return raw, transformed(raw.to(dtype), SOFTCAP, TEMPERATURE)
+    return raw, transformed(raw.to(dtype), TRANSFORM)
 
 
 @triton.jit
@@ -293,10 +293,11 @@ def store_gradient(
     num_columns,
     grad,
     raw,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
+    TRANSFORM: tl.constexpr,
 ):
     """The gradient by the raw logits, in their place."""
+    SOFTCAP: tl.constexpr = TRANSFORM[0]
+    TEMPERATURE: tl.constexpr = TRANSFORM[1]
     if SOFTCAP > 0:  # d tanh; near the cap nothing is left of 1 - tanh ** 2
         exp = tl.exp(-2 * tl.abs(raw.to(grad.dtype) / SOFTCAP))
         grad *= 4 * exp / ((1 + exp) * (1 + exp))

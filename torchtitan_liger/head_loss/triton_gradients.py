@@ -47,10 +47,8 @@ def gradient_kernel(
     NUM_CANDIDATES: tl.constexpr,
     BETA: tl.constexpr,
     FAST: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    TEACHER_TEMPERATURE: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    TEACHER_TRANSFORM: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -86,7 +84,7 @@ def gradient_kernel(
     for first in range(start, tl.minimum(start + BLOCK * BLOCKS, num_columns), BLOCK):
         columns = first + tl.arange(0, BLOCK)
         raw = load_raw(logits, columns, num_columns)
-        z = to_logits(raw, dtype, columns, num_columns, SOFTCAP, TEMPERATURE)
+        z = to_logits(raw, dtype, columns, num_columns, TRANSFORM)
         p = tl.exp2(bits_above(origin, z)) * inverse
         factor = c_softmax
         if by_log_softmax is not None:
@@ -99,8 +97,7 @@ def gradient_kernel(
                 dtype,
                 columns,
                 num_columns,
-                TEACHER_SOFTCAP,
-                TEACHER_TEMPERATURE,
+                TEACHER_TRANSFORM,
             )
             q = tl.exp2(bits_above(t_origin, v)) * t_inverse
             log_q = (v - t_maximum) - tl.log(t_sumexp)
@@ -128,7 +125,7 @@ def gradient_kernel(
             if (column >= first) & (column < first + BLOCK):
                 c_candidate = tl.load(by_candidates + row * NUM_CANDIDATES + k)
                 grad += tl.where(columns == column, c_candidate, 0.0)
-        store_gradient(logits, columns, num_columns, grad, raw, SOFTCAP, TEMPERATURE)
+        store_gradient(logits, columns, num_columns, grad, raw, TRANSFORM)
 
 
 @triton.jit

@@ -51,10 +51,8 @@ def mixture_kernel(
     BETA: tl.constexpr,
     FAST: tl.constexpr,
     PAIRS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    TEACHER_TEMPERATURE: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    TEACHER_TRANSFORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """KL(p | m) and KL(q | m) in `shares` [2, num_rows]; with `by_softmax`, the gradient
@@ -81,6 +79,7 @@ def mixture_kernel(
         t_at, t_inverse = around_one(t_at, t_by)
         t_by = tl.log2(t_inverse / inverse)
 
+    softmaxes = at, by, t_at, t_by
     block = tl.arange(0, BLOCK)
     tile = tl.arange(0, BLOCK // 2) if PAIRS else block
     student_kls = tl.zeros([BLOCK], dtype)
@@ -97,15 +96,10 @@ def mixture_kernel(
             dtype,
             start + block,
             end,
-            at,
-            by,
-            t_at,
-            t_by,
+            softmaxes,
             FAST,
-            SOFTCAP,
-            TEMPERATURE,
-            TEACHER_SOFTCAP,
-            TEACHER_TEMPERATURE,
+            TRANSFORM,
+            TEACHER_TRANSFORM,
         )
         p, q, m_by_p, q_by_m = to_mixture(counted(bits), t_bits, BETA, FAST)
         student_kls -= p * m_by_p
@@ -148,6 +142,7 @@ def mixture_kernel(
             c_softmax += c_log_softmax * tl.log2(inverse)
             c_softmax, c_mixture = c_softmax * inverse, c_mixture * inverse
             c_log_softmax *= inverse
+        factors = c_softmax, c_log_softmax, c_constant, c_mixture
         for i in range(0, num_blocks):
             first = begin + (num_blocks - 1 - i) * BLOCK
             columns = first + block
@@ -160,23 +155,15 @@ def mixture_kernel(
                 dtype,
                 columns,
                 end,
-                at,
-                by,
-                t_at,
-                t_by,
-                c_softmax,
-                c_log_softmax,
-                c_constant,
-                c_mixture,
+                softmaxes,
+                factors,
                 by_log_softmax,
                 BETA,
                 FAST,
-                SOFTCAP,
-                TEMPERATURE,
-                TEACHER_SOFTCAP,
-                TEACHER_TEMPERATURE,
+                TRANSFORM,
+                TEACHER_TRANSFORM,
             )
-            store_gradient(logits, columns, end, grad, this, SOFTCAP, TEMPERATURE)
+            store_gradient(logits, columns, end, grad, this, TRANSFORM)
         if here:
             tl.debug_barrier()  # the label's comes last
             grad = _gradient(
@@ -185,24 +172,16 @@ def mixture_kernel(
                 dtype,
                 column,
                 end,
-                at,
-                by,
-                t_at,
-                t_by,
-                c_softmax,
-                c_log_softmax,
-                c_constant,
-                c_mixture,
+                softmaxes,
+                factors,
                 by_log_softmax,
                 BETA,
                 FAST,
-                SOFTCAP,
-                TEMPERATURE,
-                TEACHER_SOFTCAP,
-                TEACHER_TEMPERATURE,
+                TRANSFORM,
+                TEACHER_TRANSFORM,
             )
             grad += c_label
-            store_gradient(logits, column, end, grad, label_raw, SOFTCAP, TEMPERATURE)
+            store_gradient(logits, column, end, grad, label_raw, TRANSFORM)
 
 
 @triton.jit
@@ -212,21 +191,13 @@ def _gradient(
     dtype: tl.constexpr,
     columns,
     end,
-    at,
-    by,
-    t_at,
-    t_by,
-    c_softmax,
-    c_log_softmax,
-    c_constant,
-    c_mixture,
+    softmaxes,
+    factors,
     by_log_softmax,
     BETA: tl.constexpr,
     FAST: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    TEACHER_TEMPERATURE: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    TEACHER_TRANSFORM: tl.constexpr,
 ):
     """By the logits, but for the label's share."""
     bits, t_bits = _bits(
@@ -235,17 +206,13 @@ def _gradient(
         dtype,
         columns,
         end,
-        at,
-        by,
-        t_at,
-        t_by,
+        softmaxes,
         FAST,
-        SOFTCAP,
-        TEMPERATURE,
-        TEACHER_SOFTCAP,
-        TEACHER_TEMPERATURE,
+        TRANSFORM,
+        TEACHER_TRANSFORM,
     )
     _p, _q, m_by_p, _q_by_m = to_mixture(counted(bits), t_bits, BETA, FAST)
+    c_softmax, c_log_softmax, c_constant, c_mixture = factors
     factor = c_softmax + c_mixture * m_by_p
     if by_log_softmax is not None:
         factor += c_log_softmax * counted(bits)
@@ -259,20 +226,16 @@ def _bits(
     dtype: tl.constexpr,
     columns,
     end,
-    at,
-    by,
-    t_at,
-    t_by,
+    softmaxes,
     FAST: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    TEACHER_TEMPERATURE: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    TEACHER_TRANSFORM: tl.constexpr,
 ):
     """log2 of both softmaxes, if FAST without the student's normalizer; the teacher's is
     `counted`."""
-    z = to_logits(raw, dtype, columns, end, SOFTCAP, TEMPERATURE)
-    v = to_logits(t_raw, dtype, columns, end, TEACHER_SOFTCAP, TEACHER_TEMPERATURE)
+    z = to_logits(raw, dtype, columns, end, TRANSFORM)
+    v = to_logits(t_raw, dtype, columns, end, TEACHER_TRANSFORM)
+    at, by, t_at, t_by = softmaxes
     if FAST:
         return bits_above(at, z), counted(bits_above(t_at, v) + t_by)
     return log2_of(z, at, by), counted(log2_of(v, t_at, t_by))

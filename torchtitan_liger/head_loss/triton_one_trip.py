@@ -66,10 +66,8 @@ def one_trip_kernel(
     AT_student_gap: tl.constexpr,
     AT_teacher_gap: tl.constexpr,
     PAIRS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    TEACHER_TEMPERATURE: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    TEACHER_TRANSFORM: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -124,10 +122,8 @@ def one_trip_kernel(
         AT_student_gap >= 0,
         AT_teacher_gap >= 0,
         PAIRS,
-        SOFTCAP,
-        TEMPERATURE,
-        TEACHER_SOFTCAP,
-        TEACHER_TEMPERATURE,
+        TRANSFORM,
+        TEACHER_TRANSFORM,
         BLOCK,
         UNROLL,
         VECTOR,
@@ -140,9 +136,7 @@ def one_trip_kernel(
         t_shifted_sum = gap_together(t_shifted_sums, t_sumexps, t_shifts, 0.0)
     here = (column >= begin) & (column < end)
     label_column = tl.where(here, column, -1)
-    label_raw, label_logit = load_logit(
-        logits, label_column, dtype, SOFTCAP, TEMPERATURE
-    )
+    label_raw, label_logit = load_logit(logits, label_column, dtype, TRANSFORM)
     tl.debug_barrier()  # all threads have read what is overwritten below
     if words is not None:
         words += row * num_parts * (TEACHER_KINDS if WITH_TEACHER else 1)
@@ -211,32 +205,28 @@ def one_trip_kernel(
         first = begin + (num_blocks - 1 - i) * GRADIENT_BLOCK
         columns, before = first + block, first - GRADIENT_BLOCK
         this = widened(raw, PAIRS)
-        z = to_logits(this, dtype, columns, end, SOFTCAP, TEMPERATURE)
+        z = to_logits(this, dtype, columns, end, TRANSFORM)
         raw = load_ahead(logits, before, ahead, begin, None, PAIRS)
         bits = bits_above(base, z)
         t_bits = bits
         if LEARNS:
             t_this = widened(t_raw, PAIRS)
-            v = to_logits(
-                t_this, dtype, columns, end, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
-            )
+            v = to_logits(t_this, dtype, columns, end, TEACHER_TRANSFORM)
             t_raw = load_ahead(teacher, before, ahead, begin, None, PAIRS)
             t_bits = bits_above(t_base, v)
         grad = _dense(bits, t_bits, factor, slope, t_factor, by_kl_rev, by_teacher)
         grad += c_constant
-        store_gradient(logits, columns, end, grad, this, SOFTCAP, TEMPERATURE)
+        store_gradient(logits, columns, end, grad, this, TRANSFORM)
     if here:
         tl.debug_barrier()  # the label's comes last
         bits = bits_above(base, label_logit)
         t_bits = bits
         if LEARNS:
-            _raw, v = load_logit(
-                teacher, column, dtype, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
-            )
+            _raw, v = load_logit(teacher, column, dtype, TEACHER_TRANSFORM)
             t_bits = bits_above(t_base, v)
         grad = _dense(bits, t_bits, factor, slope, t_factor, by_kl_rev, by_teacher)
         grad += c_constant + c_label
-        store_gradient(logits, column, end, grad, label_raw, SOFTCAP, TEMPERATURE)
+        store_gradient(logits, column, end, grad, label_raw, TRANSFORM)
 
 
 @triton.jit

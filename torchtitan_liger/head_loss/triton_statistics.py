@@ -53,10 +53,8 @@ def statistics_kernel(
     AT_candidate_logits: tl.constexpr,
     NUM_CANDIDATES: tl.constexpr,
     PAIRS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    TEACHER_TEMPERATURE: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    TEACHER_TRANSFORM: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -92,10 +90,8 @@ def statistics_kernel(
         AT_student_gap >= 0,
         AT_teacher_gap >= 0,
         PAIRS,
-        SOFTCAP,
-        TEMPERATURE,
-        TEACHER_SOFTCAP,
-        TEACHER_TEMPERATURE,
+        TRANSFORM,
+        TEACHER_TRANSFORM,
         BLOCK,
         UNROLL,
         VECTOR,
@@ -130,11 +126,11 @@ def statistics_kernel(
             at = sums + AT_teacher_gap * num_rows
             store_gap(at, gap, t_bits - bits, t_sumexp, t_to_max)
     label = tl.load(label_columns + row)
-    _raw, z = load_logit(logits, label, dtype, SOFTCAP, TEMPERATURE)
+    _raw, z = load_logit(logits, label, dtype, TRANSFORM)
     tl.store(sums + AT_label_logit * num_rows, z)
     for k in tl.static_range(NUM_CANDIDATES):
         column = tl.load(candidates + row * NUM_CANDIDATES + k)
-        _raw, z = load_logit(logits, column, dtype, SOFTCAP, TEMPERATURE)
+        _raw, z = load_logit(logits, column, dtype, TRANSFORM)
         tl.store(sums + (AT_candidate_logits + k) * num_rows, z)
 
 
@@ -153,10 +149,8 @@ def threads_sums(
     WITH_student_gap: tl.constexpr,
     WITH_teacher_gap: tl.constexpr,
     PAIRS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    TEACHER_TEMPERATURE: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    TEACHER_TRANSFORM: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -189,7 +183,7 @@ def threads_sums(
         columns = start + tile
         following = start + BLOCK * UNROLL  # on its way while others compute
         this = widened(raw, PAIRS)
-        z = to_logits(this, dtype, columns, end, SOFTCAP, TEMPERATURE)
+        z = to_logits(this, dtype, columns, end, TRANSFORM)
         raw = load_ahead(logits, following, ahead, None, end, PAIRS)
         maximum, origin, base, shift = followed(maximum, origin, z)
         rescale = tl.exp2(shift)
@@ -197,9 +191,7 @@ def threads_sums(
         exp = tl.exp2(shifted)
         if WITH_teacher:
             t_this = widened(t_raw, PAIRS)
-            v = to_logits(
-                t_this, dtype, columns, end, TEACHER_SOFTCAP, TEACHER_TEMPERATURE
-            )
+            v = to_logits(t_this, dtype, columns, end, TEACHER_TRANSFORM)
             t_raw = load_ahead(teacher, following, ahead, None, end, PAIRS)
             t_maximum, t_origin, t_base, t_shift = followed(t_maximum, t_origin, v)
             t_rescale = tl.exp2(t_shift)

@@ -340,14 +340,11 @@ def _tile(most: int, unroll: int, logits_Cv: torch.Tensor) -> dict[str, int]:
     }
 
 
-def _transforms(transform: Transform, teacher: Logits | None) -> dict[str, Any]:
-    other = Transform() if teacher is None else teacher.transform
+def _transforms(transform: Transform, teacher: Logits | None) -> dict[str, Transform]:
     # As constants: an argument would be rounded to float32.
     return {
-        "SOFTCAP": transform.softcap,
-        "TEMPERATURE": transform.temperature,
-        "TEACHER_SOFTCAP": other.softcap,
-        "TEACHER_TEMPERATURE": other.temperature,
+        "TRANSFORM": transform,
+        "TEACHER_TRANSFORM": Transform() if teacher is None else teacher.transform,
     }
 
 

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.helpers import Problem
-from tests.unit.head_loss.term_cases import SquaredJSD
 from torchtitan_liger.head_loss import (
     CrossEntropy,
     Distillation,
@@ -21,11 +19,8 @@ from torchtitan_liger.head_loss import (
     Teacher,
     Term,
     Unlikelihood,
-    ZLoss,
     linear_cross_entropy,
-    sweeps,
 )
-from torchtitan_liger.head_loss.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -46,65 +41,6 @@ class Looked(Term):
     @staticmethod
     def factor(rows):
         return torch.arange(9, dtype=torch.float64)[rows["word"]]
-
-
-def test_terms_and_metrics_are_what_full_logits_give():
-    problem = Problem(T=200, D=16, V=11, scale=3.0)
-    z = (problem.hidden @ problem.weight.T)[problem.labels != -100]
-    y = problem.labels[problem.labels != -100]
-    head = HeadLoss([CrossEntropy(), EntropyBonus(0.0)])
-    hidden = problem.hidden.clone().requires_grad_()
-    out = head(hidden, problem.weight, problem.labels, normalizer=len(y))
-    entropy = torch.distributions.Categorical(logits=z).entropy().mean()
-    expected = {
-        "nll": F.cross_entropy(z, y),
-        "accuracy": (z.argmax(1) == y).double().mean(),
-        "max_prob": z.softmax(1).amax(1).mean(),
-        "entropy": entropy,
-    }
-    assert out.metrics.keys() == expected.keys()
-    for name, value in expected.items():
-        assert out.metrics[name].item() == pytest.approx(value.item(), rel=1e-12), name
-    assert out.terms["entropy_bonus"].item() == pytest.approx(-entropy.item())
-    assert out.loss.item() == pytest.approx(F.cross_entropy(z, y).item())
-    plain = HeadLoss()(problem.hidden, problem.weight, problem.labels)
-    assert plain.metrics.keys() == {"nll", "accuracy", "max_prob"}
-
-
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
-def test_nll_has_no_smoothing_and_no_token_weights(impl):
-    problem = Problem(T=50, D=16, V=11)
-    args = problem.hidden, problem.weight, problem.labels
-    weights = torch.rand(50, dtype=torch.float64)
-    z = problem.hidden @ problem.weight.T
-    nll = F.cross_entropy(z, problem.labels, reduction="sum")
-    out = HeadLoss([CrossEntropy(), ZLoss(0.1)], impl=impl)(
-        *args, token_weights=weights
-    )
-    assert out.metrics["nll"].item() == pytest.approx(nll.item(), rel=1e-12)
-    smoothed = HeadLoss([CrossEntropy(0.1)], impl=impl)(*args).metrics
-    if impl == "chunked":
-        assert smoothed["nll"].item() == pytest.approx(nll.item(), rel=1e-12)
-    else:
-        assert "nll" not in smoothed
-
-
-def test_a_label_is_right_where_no_logit_is_larger():
-    # Of these logits no logarithm of a softmax differs.
-    weight = torch.tensor([[2e-9], [1e-9], [2e-9], [-1e-9]])
-    labels = torch.tensor([0, 1, 2, 3])
-    out = HeadLoss()(torch.ones(4, 1), weight, labels)
-    assert out.metrics["accuracy"].item() == 2
-
-
-def test_a_term_of_weight_0_reports_and_leaves_the_gradients_alone():
-    problem = Problem()
-    head = HeadLoss([CrossEntropy(), ZLoss(0.0)])
-    alone = problem.run(lambda *args: HeadLoss()(*args).loss)
-    both = problem.run(lambda *args: head(*args).loss)
-    assert torch.equal(both.d_weight, alone.d_weight)
-    out = head(problem.hidden, problem.weight, problem.labels)
-    assert out.terms["z_loss"] > 0
 
 
 def test_wider_numbers_of_a_term_do_not_widen_the_loss():
@@ -220,24 +156,6 @@ def test_what_a_second_phase_reads_may_not_change_before(what):
         losses.sum().backward()
 
 
-@pytest.mark.parametrize("num_tokens", [0, 5])
-def test_without_any_label_sums_are_zero_and_extremes_infinite(num_tokens):
-    head = HeadLoss([CrossEntropy(), PolicyGradient(), ZLoss(0.1)])
-    hidden = torch.full((num_tokens, 8), torch.nan, requires_grad=True)
-    weight = torch.ones(11, 8, requires_grad=True)
-    labels = torch.full((num_tokens,), -100)
-    nan = torch.full((num_tokens,), torch.nan)
-    out = head(hidden, weight, labels, normalizer=0, advantages=nan, old_logp=nan)
-    out.loss.backward()
-    assert out.loss == 0
-    assert not hidden.grad.any()
-    assert not weight.grad.any()
-    assert all(value == 0 for value in out.terms.values())
-    for name, value in out.metrics.items():
-        end = {"max": -torch.inf, "min": torch.inf}.get(name.rpartition("/")[2], 0.0)
-        assert value == end, name
-
-
 @dataclass(frozen=True)
 class Undeclared(Term):
     """Reads what only another term of the mixture has asked for."""
@@ -330,69 +248,6 @@ def test_a_backward_pass_frees_what_the_logits_were_computed_from(kind, dtype):
     assert memory.expired()
 
 
-@pytest.mark.parametrize(
-    ("terms", "trips"),
-    [
-        ([CrossEntropy()], 1),
-        ([CrossEntropy(0.1), Distillation()], 1),
-        ([Distillation("reverse_kl")], 1),
-        ([Distillation("soft_cross_entropy")], 1),
-        ([Distillation("jsd")], 2),
-        ([CrossEntropy(), EntropyBonus(0.0)], 2),
-        ([CrossEntropy(), ZLoss(0.0)], 1),
-        ([CrossEntropy(), ZLoss(0.1)], 2),
-    ],
-    ids=str,
-)
-def test_what_is_linear_in_few_statistics_takes_one_trip(monkeypatch, terms, trips):
-    taken = []
-
-    def seen(name):
-        step = getattr(Passes, name)
-        monkeypatch.setattr(Passes, name, lambda *a: (taken.append(name), step(*a))[1])
-
-    for name in ("gradients_in_one_trip", "start", "gradients"):
-        seen(name)
-    problem = Problem(T=37, D=16, V=101)
-    teacher = None
-    if any(isinstance(term, Distillation) for term in terms):
-        teacher = Teacher(logits=torch.randn(37, 101).double())
-    problem.run(lambda *args: HeadLoss(terms)(*args, teacher=teacher).loss)
-    one, two = ["gradients_in_one_trip"], ["start", "gradients"]
-    assert taken == (one if trips == 1 else two)
-
-
-@pytest.mark.parametrize(
-    ("terms", "with_gradient"),
-    [
-        ([Distillation("jsd")], True),
-        ([CrossEntropy(), EntropyBonus(0.1), Distillation("jsd", 0.5, 0.0)], True),
-        ([SquaredJSD()], False),
-        ([SquaredJSD(), Distillation("jsd")], False),
-    ],
-    ids=str,
-)
-def test_a_mixture_comes_with_the_gradient_unless_the_gradient_needs_it(
-    monkeypatch, terms, with_gradient
-):
-    taken = []
-    sweep = sweeps.mixture_gradient_sweep
-    monkeypatch.setattr(
-        sweeps,
-        "mixture_gradient_sweep",
-        lambda *a, **k: (taken.append(1), sweep(*a, **k))[1],
-    )
-    problem = Problem(T=37, D=16, V=101)
-    teacher = Teacher(logits=torch.randn(37, 101).double())
-    head = HeadLoss(terms)
-    problem.run(lambda *args: head(*args, teacher=teacher).loss)
-    assert bool(taken) == with_gradient
-    taken.clear()
-    with torch.no_grad():
-        head(problem.hidden, problem.weight, problem.labels, teacher=teacher)
-    assert not taken
-
-
 @dataclass(frozen=True)
 class SoftCrossEntropy(Term):
     weight: float = 1.0
@@ -411,32 +266,6 @@ def test_a_term_may_read_the_teachers_entropy():
         for term in (SoftCrossEntropy(), Distillation("soft_cross_entropy"))
     )
     assert max(ours.errors(truth).values()) < 1e-12
-
-
-def test_what_a_policy_gradient_reports_are_means_over_tokens():
-    problem = Problem(T=37, D=16, V=101)
-    args = problem.hidden, problem.weight, problem.labels
-    valid = problem.labels != -100
-    logp = -F.cross_entropy(args[0] @ args[1].T, args[2], reduction="none")
-    gap = torch.linspace(-0.5, 0.5, 37).double()
-    rows = {"advantages": gap, "old_logp": logp - gap}
-    metrics = HeadLoss([PolicyGradient("ppo", 0.1, 0.4)])(
-        *args, normalizer=valid.sum(), **rows
-    ).metrics
-    ratio = gap.exp()
-    expected = {
-        "new_logp": logp,
-        "old_logp": logp - gap,
-        "ratio": ratio,
-        "ratio_squared": ratio**2,
-        "kl_new_old": ratio - 1 - gap,
-        "clip_fraction": ((ratio < 0.9) | (ratio > 1.4)).double(),
-        "advantage": gap,
-    }
-    for name, values in expected.items():
-        mean = values[valid].mean().item()
-        found = metrics[f"policy_gradient/{name}"].item()
-        assert found == pytest.approx(mean, rel=1e-10), name
 
 
 def test_any_negative_candidate_stands_for_none():
@@ -459,15 +288,6 @@ def test_losses_per_token_of_candidates_have_exact_gradients():
         return (head(*args, reduction="none", **rows).loss * upstream).sum()
 
     assert max(problem.run(weighted).errors(truth).values()) < 1e-12
-
-
-def test_terms_and_metrics_have_no_gradient():
-    problem = Problem(T=9, D=8, V=21)
-    args = problem.hidden.requires_grad_(), problem.weight, problem.labels
-    out = HeadLoss([CrossEntropy(), ZLoss(0.1)])(*args)
-    assert out.loss.requires_grad
-    assert not any(x.requires_grad for x in out.terms.values())
-    assert not any(x.requires_grad for x in out.metrics.values())
 
 
 def test_inference_mode_gives_the_same_loss():

@@ -1,9 +1,8 @@
-"""Terms over sequences, against plain torch and against Liger-Kernel's own losses."""
+"""Preferences between answers, against plain torch and Liger-Kernel's own losses."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -12,92 +11,27 @@ import torch.nn.functional as F
 from liger_kernel.chunked_loss import (
     LigerFusedLinearCPOLoss,
     LigerFusedLinearDPOLoss,
-    LigerFusedLinearGRPOLoss,
     LigerFusedLinearKTOLoss,
     LigerFusedLinearORPOLoss,
     LigerFusedLinearSimPOLoss,
 )
 
-from tests.helpers import Problem, full_logits, read_by, relative_error
-from torchtitan_liger.head_loss import (
-    CrossEntropy,
-    HeadLoss,
-    Preference,
-    SequencePolicyGradient,
-    SequenceTerm,
-    UnpairedPreference,
-    ZLoss,
-    engine,
+from tests.helpers import Problem, read_by
+from tests.unit.head_loss.sequences.cases import (
+    KINDS,
+    B,
+    L,
+    expected_means,
+    lengths,
+    logp_of,
+    masked,
+    reported,
+    run,
 )
+from torchtitan_liger.head_loss import HeadLoss, Preference, UnpairedPreference
 
-B, L = 8, 9
 NUM_PAIRS = B // 2
-KINDS = ["dpo", "cpo", "ipo", "simpo", "orpo"]
 SUMMED = ["dpo", "cpo"]  # over a sequence's tokens; the others take their mean
-
-
-@pytest.fixture(
-    params=[3 * L + 1, 5, 10**6], ids=["aligned", "two phases", "one chunk"]
-)
-def chunks(request, monkeypatch):
-    """Chunks that hold a pair, chunks that hold no whole sequence, all in one."""
-
-    def plan(num_tokens, *_, **__):
-        rows = request.param
-        return engine.ChunkPlan(rows, -(-num_tokens // rows), 0, 0)
-
-    monkeypatch.setattr(engine, "plan_chunks", plan)
-
-
-@pytest.fixture(params=[True, False], ids=["dropped", "not dropped"])
-def ignored_tokens(request, nothing_dropped):
-    if not request.param:
-        nothing_dropped()
-
-
-@pytest.fixture(params=[0.3, 0.0], ids="{}_ignored".format)
-def problem(request):
-    problem = Problem(T=B * L, D=16, V=101, ignored=request.param)
-    g = torch.Generator().manual_seed(1)
-    logp = (problem.hidden @ problem.weight.T).log_softmax(1)
-    logp = logp.gather(1, problem.labels.clamp(min=0)[:, None]).squeeze(1)
-    noise = 0.3 * torch.randn(2, problem.T, generator=g, dtype=torch.float64)
-    problem.rows = {
-        "old_logp": logp + noise[0],
-        "ref_logp": logp + noise[1],
-        "advantages": torch.randn(B, generator=g).double().repeat_interleave(L),
-        "reference_point": torch.full((problem.T,), 0.3, dtype=torch.float64),
-    }
-    for values in problem.rows.values():
-        values[problem.labels == -100] = torch.nan
-    problem.rows["desirable"] = (torch.arange(B) % 3 > 0).repeat_interleave(L)
-    return problem
-
-
-def logp_of(hidden, weight, labels):
-    logp = (hidden @ weight.T).log_softmax(1)
-    logp = logp.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
-    return torch.where(labels == -100, 0.0, logp).view(B, L)
-
-
-def masked(x, labels):
-    return torch.where(labels == -100, 0.0, x).view(B, L)
-
-
-def lengths(labels):
-    return (labels != -100).view(B, L).sum(1).clamp(min=1)
-
-
-def gspo(problem, clip):
-    def loss_of(hidden, weight, labels):
-        old = masked(problem.rows["old_logp"], labels)
-        log_ratio = (logp_of(hidden, weight, labels) - old).sum(1) / lengths(labels)
-        ratio = log_ratio.exp()
-        a = masked(problem.rows["advantages"], labels).sum(1) / lengths(labels)
-        loss = -torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
-        return (loss * (labels != -100).view(B, L).sum(1)).sum()
-
-    return loss_of
 
 
 def preference(problem, kind, layout):
@@ -126,17 +60,6 @@ def preference(problem, kind, layout):
     return loss_of
 
 
-def run(problem, head, **call):
-    def loss_of(hidden, weight, labels):
-        read = read_by(head, problem.rows)
-        rows = {name: x.view(B, L) for name, x in read.items()}
-        return head(
-            hidden.view(B, L, -1), weight, labels.view(B, L), **call, **rows
-        ).loss
-
-    return problem.run(loss_of)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sequence_without_labels_counts_zero(problem, kind):
     problem.labels.view(B, L)[1] = -100
@@ -157,14 +80,6 @@ def test_a_sequence_without_labels_counts_zero(problem, kind):
     if kind == "orpo":
         score = score - (1 - score.exp()).log()
     torch.testing.assert_close(margin, score, rtol=1e-10, atol=0)
-
-
-@pytest.mark.usefixtures("ignored_tokens")
-@pytest.mark.parametrize("clip", [0.05, 1.0])
-def test_gspo(problem, clip, chunks):
-    truth = problem.run(gspo(problem, clip))
-    ours = run(problem, HeadLoss([SequencePolicyGradient(clip, clip)]))
-    assert max(ours.errors(truth).values()) < 1e-10
 
 
 @pytest.mark.usefixtures("ignored_tokens")
@@ -197,67 +112,6 @@ def test_kto(problem, weights, chunks):
     term = UnpairedPreference(0.4, *weights)
     ours = run(problem, HeadLoss([term]), normalizer=B)
     assert max(ours.errors(truth).values()) < 1e-10
-
-
-def test_in_a_mixture_with_terms_over_tokens(problem, chunks):
-    parts = [
-        run(problem, HeadLoss([term]), normalizer=3)
-        for term in (CrossEntropy(), ZLoss(0.1), Preference("dpo", weight=0.5))
-    ]
-    head = HeadLoss([CrossEntropy(), ZLoss(0.1), Preference("dpo", weight=0.5)])
-    whole = run(problem, head, normalizer=3)
-    for name in ("loss", "d_hidden", "d_weight"):
-        total = sum(getattr(part, name) for part in parts)
-        assert relative_error(getattr(whole, name), total) < 1e-12
-
-
-def reported(problem, term):
-    """Each metric of `term`: the sum over tokens, divided by their number."""
-    call = (problem.hidden.view(B, L, -1), problem.weight, problem.labels.view(B, L))
-    read = read_by(HeadLoss([term]), problem.rows)
-    rows = {name: x.view(B, L) for name, x in read.items()}
-    tokens = (problem.labels != -100).sum()
-    out = HeadLoss([term])(*call, normalizer=tokens, **rows)
-    found = {name: x.item() for name, x in out.metrics.items()}
-    return {n: found[f"{term.name}/{n}"] for n in term.metric_names}
-
-
-def expected_means(problem, metrics):
-    """Of [B, L] numbers the mean over the tokens with a label, or their extreme."""
-    valid = (problem.labels != -100).view(B, L)
-    means = {}
-    for name, x in metrics.items():
-        kept = x.expand(B, L)[valid].double()
-        end = name.rpartition("/")[2]
-        reduction = {"max": torch.amax, "min": torch.amin}.get(end, torch.mean)
-        means[name] = pytest.approx(reduction(kept, 0).item(), rel=1e-12, abs=1e-14)
-    return means
-
-
-@pytest.mark.usefixtures("ignored_tokens")
-def test_what_gspo_reports_is_of_whole_sequences(problem, chunks):
-    logp = logp_of(problem.hidden, problem.weight, problem.labels)
-    old, a = (
-        masked(problem.rows[x], problem.labels) for x in ("old_logp", "advantages")
-    )
-    ratio = ((logp - old).sum(1) / lengths(problem.labels)).exp()[:, None]
-    outside = (ratio < 1 - 0.05) | (ratio > 1 + 0.1)
-    assert outside.any()
-    assert not outside.all()
-    assert reported(problem, SequencePolicyGradient(0.05, 0.1)) == expected_means(
-        problem,
-        {
-            "new_logp": logp,
-            "advantage": a,
-            "advantage/max": a,
-            "advantage/min": a,
-            "old_logp": old,
-            "ratio": ratio,
-            "ratio_squared": ratio**2,
-            "kl_new_old": ratio - 1 - ratio.log(),
-            "clip_fraction": outside,
-        },
-    )
 
 
 @pytest.mark.usefixtures("ignored_tokens")
@@ -304,47 +158,6 @@ def test_what_a_preference_reports_is_of_whole_pairs(problem, kind, layout, chun
             "rejected": rejected,
         },
     )
-
-
-@pytest.mark.parametrize(
-    "term",
-    [
-        SequencePolicyGradient(0.2, 0.2),
-        *map(Preference, KINDS),
-        UnpairedPreference(),
-    ],
-    ids=lambda term: getattr(term, "kind", term.name),
-)
-def test_long_sequences_are_as_exact_in_float32(term):
-    """One by one, thousands of float32 numbers would lose some digits."""
-    length = 8192
-    problem = Problem(T=2 * length, D=8, V=32, ignored=0, scale=0.1)
-    g = torch.Generator().manual_seed(1)
-    rows = {"old_logp": -3.5 + 0.1 * torch.randn(2, length, generator=g)}
-    rows |= {"ref_logp": rows["old_logp"], "advantages": torch.ones(2, length)}
-    rows |= {"reference_point": torch.zeros(2, length)}
-    rows |= {"desirable": torch.tensor([[1], [0]]).expand(2, length)}
-    head = HeadLoss([term])
-
-    def loss_of(hidden, weight, labels):
-        shape = labels.view(2, length)
-        return head(
-            hidden.view(2, length, 8),
-            weight,
-            shape,
-            normalizer=3,
-            **read_by(head, rows),
-        ).loss
-
-    truth = problem.run(loss_of)
-    plain = problem.run(full_logits(), torch.float32)
-    of_plain = plain.errors(problem.run(full_logits()))
-    # These have sums of log probabilities, each of about -3.5, and not of small differences.
-    is_wide = getattr(term, "kind", term.name) in ("cpo", "kto")
-    of_sum = term.beta * length * 3.5 * 2**-24 if is_wide else 0.0
-    ours = problem.run(loss_of, torch.float32).errors(truth)
-    for name in ("d_hidden", "d_weight"):
-        assert ours[name] < 2 * of_plain[name] + of_sum, (name, ours, of_plain)
 
 
 def test_an_answer_without_a_chance_leaves_the_others_metrics_alone():
@@ -434,62 +247,6 @@ def test_kto_is_ligers(problem):
     assert max(ours.errors(theirs).values()) < 1e-6
 
 
-def test_gspo_is_ligers():
-    problem = Problem(T=B * L, D=16, V=101, ignored=0)
-    g = torch.Generator().manual_seed(2)
-    labels = problem.labels.view(B, L)
-    old = logp_of(problem.hidden, problem.weight, problem.labels)
-    old = old + 0.1 * torch.randn(B, L, generator=g, dtype=torch.float64)
-    advantages = torch.randn(B, generator=g, dtype=torch.float64)
-    liger = LigerFusedLinearGRPOLoss(
-        beta=0.0,
-        compiled=False,
-        use_ref_model=False,
-        epsilon_low=0.05,
-        epsilon_high=0.05,
-        loss_type="grpo",
-        importance_sampling_level="sequence",
-    )
-    mask = torch.ones(B, L, dtype=torch.long)
-
-    def liger_loss(hidden, weight, _):
-        return liger(
-            hidden.view(B, L, -1),
-            weight,
-            labels,
-            mask,
-            advantages,
-            old_per_token_logps=old,
-        )[0]
-
-    theirs = problem.run(liger_loss)
-    head = HeadLoss([SequencePolicyGradient(0.05, 0.05)])
-    ours = problem.run(
-        lambda h, w, _: (
-            head(
-                h.view(B, L, -1),
-                w,
-                labels,
-                normalizer=B * L,
-                old_logp=old,
-                advantages=advantages[:, None].expand(B, L),
-            ).loss
-        )
-    )
-    assert max(ours.errors(theirs).values()) < 1e-6
-
-
-def test_a_sequence_term_of_weight_0_leaves_the_gradients_alone(monkeypatch):
-    problem = Problem(T=24, D=16, V=101, ignored=0)
-    rows = {"old_logp": torch.zeros(24), "advantages": torch.ones(24)}
-    alone = problem.run(lambda *args: HeadLoss()(*args).loss)
-    plan = engine.ChunkPlan(5, 5, 0, 0)  # no whole sequence in a chunk
-    monkeypatch.setattr(engine, "plan_chunks", lambda *_, **__: plan)
-    head = HeadLoss([CrossEntropy(), SequencePolicyGradient(weight=0.0)])
-    both = problem.run(lambda *args: head(*args, **rows).loss)
-    assert max(both.errors(alone).values()) < 1e-12
-
-
 @pytest.mark.parametrize("layout", ["pairs", "halves"])
 def test_orpo_of_a_sequence_that_is_sure_is_finite(layout):
     hidden = torch.ones(2, 3, 2)
@@ -538,22 +295,3 @@ def test_a_model_that_is_its_reference_is_right_about_no_answer():
     }
     out = HeadLoss([UnpairedPreference()])(hidden, torch.zeros(2, 2), labels, **rows)
     assert out.metrics["kto/accuracy"] == 0
-
-
-def test_a_term_over_sequences_has_not_its_other_parents_gradient():
-    @dataclass(frozen=True)
-    class Squared(SequenceTerm, CrossEntropy):
-        name: str = "squared"
-
-        def sequence_loss(self, stats, rows, sequences):
-            return stats.logp.square()
-
-    def truth_of(hidden, weight, labels):
-        return (
-            F.cross_entropy(hidden @ weight.T, labels, reduction="none").square().sum()
-        )
-
-    problem = Problem(T=36, D=16, V=101, ignored=0)
-    head = HeadLoss([Squared()])
-    ours = problem.run(lambda h, w, y: head(h.view(4, 9, -1), w, y.view(4, 9)).loss)
-    assert max(ours.errors(problem.run(truth_of)).values()) < 1e-12

@@ -144,20 +144,22 @@ def test_sums_do_not_depend_on_where_the_large_logits_are(dtype):
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("distance", [0.0, 0.03, 3.0, 300.0])
-@pytest.mark.parametrize("num_parts", [1, 9])
+@pytest.mark.parametrize(
+    ("num_columns", "most"), [(3000, 4096), (V, 4096), (V - 1, 4096), (V, 1024)]
+)
 def test_a_fast_mixture_is_as_good_as_its_logits(
-    monkeypatch, num_parts, distance, dtype, beta
+    monkeypatch, num_columns, most, distance, dtype, beta
 ):
-    monkeypatch.setattr(triton_sweeps, "TRIP_COLUMNS", -(-V // num_parts))
+    monkeypatch.setattr(triton_sweeps, "MIXTURE_COLUMNS", most)
     g = torch.Generator("cuda").manual_seed(0)
-    z, noise = 3 * torch.randn(2, C, V, generator=g, device="cuda")
+    z, noise = 3 * torch.randn(2, C, num_columns, generator=g, device="cuda")
     v = z + distance * noise
     z[1::50, 0] += 30  # a sure token
     z[2::50, :40] = -torch.inf
     v[2::50, 20:60] = -torch.inf
     z[3::50, 7] = torch.nan
     z, v = z.to(dtype), v.to(dtype)
-    label = torch.randint(V, (C,), generator=g, device="cuda")
+    label = torch.randint(num_columns, (C,), generator=g, device="cuda")
     names = ("max", "sumexp", "label_logit", "teacher_max", "teacher_sumexp")
     sums = unpack(names, torch.empty(5, C, device="cuda"))
     narrow, wide = (Logits(x, Transform()) for x in (v, v.double()))
@@ -189,21 +191,24 @@ def test_a_fast_mixture_is_as_good_as_its_logits(
     bound = torch.finfo(dtype).eps * truth.abs() + 1e-5 * z.double().softmax(1)
     bound += torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     unknown = truth.isnan()
+    known = ~exact_shares.isnan().any(0)
+    # Where only one of them has a chance, two exponents of up to 128 bits are subtracted.
+    p, q = z.double().softmax(1), v.double().softmax(1)
+    alone = torch.stack([(a * (b < 2**-100)).sum(1) for a, b in ((p, q), (q, p))])
+    shares_bound = 1e-5 * exact_shares.abs() + 1e-6 + 6e-6 * alone
     for one_trip in (True, False, True):
         shares, grad = mixed(triton_sweeps, z.clone(), sums, narrow, one_trip=one_trip)
-        torch.testing.assert_close(
-            shares, exact_shares, rtol=1e-5, atol=1e-6, equal_nan=True
-        )
+        assert ((shares - exact_shares).abs() <= shares_bound)[:, known].all()
+        assert shares[:, ~known].isnan().all()
         assert torch.equal(grad.isnan(), unknown)
         assert (((grad - truth).abs() <= bound) | unknown).all()
     # On two ranks each has a share.
-    half = V // 2
+    half = num_columns // 2
     pieces = (z[:, :half], v[:, :half]), (z[:, half:], v[:, half:])
     plain = Transform()
     shares = sum(
         triton_sweeps.mixture_sweep(x, plain, Logits(y, plain), sums, beta)
         for x, y in pieces
     )
-    torch.testing.assert_close(
-        shares.double(), exact_shares, rtol=1e-5, atol=1e-6, equal_nan=True
-    )
+    assert ((shares.double() - exact_shares).abs() <= shares_bound)[:, known].all()
+    assert shares[:, ~known].isnan().all()

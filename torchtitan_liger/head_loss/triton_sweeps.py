@@ -20,7 +20,7 @@ from torchtitan_liger.head_loss.statistics import (
 )
 from torchtitan_liger.head_loss.sweeps import Logits, Transform
 from torchtitan_liger.head_loss.triton_gradients import gradient_kernel, scale_kernel
-from torchtitan_liger.head_loss.triton_mixture import MIXTURE_KINDS, mixture_kernel
+from torchtitan_liger.head_loss.triton_mixture import mixture_kernel, origins_kernel
 from torchtitan_liger.head_loss.triton_one_trip import (
     TEACHER_KINDS,
     one_trip_kernel,
@@ -33,7 +33,9 @@ from torchtitan_liger.head_loss.triton_statistics import statistics_kernel
 # leave the clock so low that most of these wait for instructions.
 STATISTICS_BLOCK, STATISTICS_UNROLL, STATISTICS_WARPS = 1024, 2, 4  # 292 (505, 590) us
 GRADIENT_BLOCK, GRADIENT_BLOCKS, GRADIENT_WARPS = 1024, 8, 4  # 514 (776, 738) us
-MIXTURE_BLOCK, MIXTURE_WARPS = 512, 1  # 630 us; with the gradient 1,255
+MIXTURE_COLUMNS, MIXTURE_BLOCK, MIXTURE_WARPS = 4096, 1024, 4  # 685, and gradient 1,070
+MIXTURE_REGISTERS = 64  # of a thread, where a mixture is FAST: eight parts at a time
+ORIGINS_BLOCK = 128
 TRIP_COLUMNS, TRIP_BLOCK, TRIP_UNROLL, TRIP_GRADIENT_BLOCK = 6144, 512, 4, 2048
 TRIP_WARPS = 2  # 16 parts share a multiprocessor, and its cache; 575 us (1,110 with KL)
 SCALE_BLOCK, SCALE_BLOCKS = 2048, 16
@@ -83,8 +85,9 @@ def one_trip_sweep(
     num_rows, num_columns = logits_Cv.shape
     if num_rows == 0:
         return
-    part_columns = _part_columns(logits_Cv, sums["max"].dtype)
-    num_parts = -(-num_columns // part_columns)
+    can_wait = _can_wait(logits_Cv, sums["max"].dtype, TRIP_COLUMNS)
+    most = TRIP_COLUMNS if can_wait else num_columns
+    num_parts, part_columns = _parts(num_columns, most)
     words_CWP = logit_sums_PC = None
     if num_parts > 1:
         kinds = 1 if teacher is None else TEACHER_KINDS.value
@@ -126,16 +129,22 @@ def one_trip_sweep(
         torch.sum(logit_sums_PC, dim=0, out=sums["logit_sum"])
 
 
-def _part_columns(logits_Cv: torch.Tensor, sums_dtype: torch.dtype) -> int:
-    """How many columns of a row a program has, where programs share rows."""
-    num_columns = logits_Cv.shape[1]
-    # Parts wait for each other's words: they have to run at the same time, which they do
-    # not in Triton's interpreter. A word has room for two float32.
-    if not logits_Cv.is_cuda or sums_dtype != torch.float32:
-        return num_columns
-    num_parts = -(-num_columns // TRIP_COLUMNS)
+def _parts(num_columns: int, most: int) -> tuple[int, int]:
+    """How many programs share a row, and how many columns each has."""
+    num_parts = -(-num_columns // most)
     # Equal parts, but for where loads are aligned.
-    return -(-num_columns // (num_parts * 64)) * 64
+    part_columns = -(-num_columns // (num_parts * 64)) * 64
+    return -(-num_columns // part_columns), part_columns
+
+
+def _can_wait(logits_Cv: torch.Tensor, sums_dtype: torch.dtype, most: int) -> bool:
+    """Whether a row's parts may wait for each other's words: they have to run at the same
+    time, which they do not in Triton's interpreter. A word has room for two float32."""
+    if not logits_Cv.is_cuda or sums_dtype != torch.float32:
+        return False
+    num_parts, _ = _parts(logits_Cv.shape[1], most)
+    device = torch.cuda.get_device_properties(logits_Cv.device)
+    return num_parts <= device.multi_processor_count  # each has room for one, at least
 
 
 def _most_parts(num_parts: int) -> int:
@@ -186,7 +195,10 @@ def mixture_gradient_sweep(
     by = coefficients
     others = by.square, by.teacher, by.log_teacher, by.candidates
     given = logits_Cv, transform, teacher, sums, jsd_beta
-    if by.mixture is not None and all(x is None for x in others):
+    is_complete = by.mixture is not None and all(x is None for x in others)
+    is_alone = logits_Cv.shape[1] <= MIXTURE_COLUMNS
+    can_wait = _can_wait(logits_Cv, sums["max"].dtype, MIXTURE_COLUMNS)
+    if is_complete and (is_alone or can_wait):
         return _mixture_trip(*given, column_C, by)
     shares_2C = _mixture_trip(*given, None, None)
     gradient_sweep(
@@ -214,43 +226,47 @@ def _mixture_trip(
     num_rows, num_columns = logits_Cv.shape
     if num_rows == 0 or num_columns == 0:
         return sums["max"].new_zeros(2, num_rows)
-    shares_2C = sums["max"].new_empty(2, num_rows)
-    part_columns = _part_columns(logits_Cv, shares_2C.dtype)
-    num_parts = -(-num_columns // part_columns)
-    words_CWP = None
-    if num_parts > 1:
-        kinds = MIXTURE_KINDS.value
-        words_CWP = torch.zeros(
-            num_rows, kinds, num_parts, dtype=torch.int64, device=logits_Cv.device
-        )
+    num_parts, part_columns = _parts(num_columns, MIXTURE_COLUMNS)
+    shares_2PC = sums["max"].new_empty(2, num_parts, num_rows)
+    words_CP = None
     by_rows: list[torch.Tensor | None] = [None] * 5
     if by is not None:
         by_rows = [by.softmax, by.label, by.log_softmax, by.constant, by.mixture]
+        if num_parts > 1:
+            words_CP = shares_2PC.new_zeros(num_rows, num_parts, dtype=torch.int64)
+    softmaxes = [sums[x] for x in ("max", "sumexp", "teacher_max", "teacher_sumexp")]
+    is_fast = _is_fast(logits_Cv)
+    if is_fast:
+        origins_4C = shares_2PC.new_empty(4, num_rows)
+        origins_kernel[(-(-num_rows // ORIGINS_BLOCK),)](
+            *softmaxes, origins_4C, num_rows, BLOCK=ORIGINS_BLOCK, num_warps=4
+        )
+        softmaxes = list(origins_4C)
+    block = _block(MIXTURE_BLOCK, part_columns)
     mixture_kernel[(num_rows * num_parts,)](
         logits_Cv,
         logits_Cv.stride(0),
         num_columns,
         column_C,
         *_teacher_arguments(teacher),
-        sums["max"],
-        sums["sumexp"],
-        sums["teacher_max"],
-        sums["teacher_sumexp"],
-        shares_2C,
+        *softmaxes,
+        shares_2PC,
         num_rows,
         *(None if x is None else x.contiguous() for x in by_rows),
-        words_CWP,
+        words_CP,
         num_parts,
         part_columns,
         MOST_PARTS=_most_parts(num_parts),
         BETA=beta,
-        FAST=_is_fast(logits_Cv),
+        FAST=is_fast,
         PAIRS=_in_pairs(logits_Cv, teacher),
         **_transforms(transform, teacher),
-        BLOCK=_block(MIXTURE_BLOCK, num_columns),
+        BLOCK=block,
+        BLOCKS=-(-part_columns // block),
         num_warps=MIXTURE_WARPS,
+        **({"maxnreg": MIXTURE_REGISTERS} if is_fast else {}),
     )
-    return shares_2C
+    return shares_2PC.sum(1)
 
 
 def gradient_sweep(

@@ -77,7 +77,9 @@ class Compiled:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self.compile
 
-    def compile(self, *args: Any, num_warps: int, **kwargs: Any) -> None:
+    def compile(
+        self, *args: Any, num_warps: int, maxnreg: int | None = None, **kwargs: Any
+    ) -> None:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -96,7 +98,7 @@ class Compiled:
         triton.compile(
             ASTSource(self.kernel, signature, constants, {}),
             target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": num_warps},
+            options={"num_warps": num_warps, "maxnreg": maxnreg},
         )
         self.count += 1
 
@@ -147,10 +149,9 @@ def compile_all() -> None:
                 teacher=teacher,
                 jsd_beta=0.3,
             )
+        triton_sweeps._can_wait = lambda _, dtype, __: dtype == torch.float32
         for part_columns in (V, 1024):
-            if dtype == torch.float64 and part_columns < V:
-                continue  # a word has room for two float32
-            triton_sweeps._part_columns = lambda *_, n=part_columns: n
+            triton_sweeps.MIXTURE_COLUMNS = part_columns
             triton_sweeps.mixture_sweep(logits, transform, teacher, sums, 0.3)
             of_softmaxes = "max", "sumexp", "teacher_max", "teacher_sumexp"
             for given in ((), ("log_softmax", "constant")):
@@ -167,7 +168,7 @@ def compile_all() -> None:
         for needs, part_columns in itertools.product(IN_ONE_TRIP, (V, 1024)):
             if dtype == torch.float64 and part_columns < V:
                 continue  # a word has room for two float32
-            triton_sweeps._part_columns = lambda *_, n=part_columns: n
+            triton_sweeps.TRIP_COLUMNS = part_columns
             some = {name: sums[name] for name in sums_for(needs)}
             with_teacher = teacher if "teacher_max" in some else None
             learned = dict.fromkeys(needs - WITHOUT_GRADIENT, row)

@@ -161,7 +161,8 @@ def log2(x):
     return tl.log2(x)
 
 
-@pytest.mark.parametrize("num_columns", [5000, 5003])  # in pairs, and not
+# In one trip: in pairs, and not; too many columns for one without waiting.
+@pytest.mark.parametrize("num_columns", [4000, 4003, 5000])
 @pytest.mark.parametrize("distance", [0.0, 0.03, 3.0, 100.0])
 def test_a_fast_mixture_is_as_good_as_its_logits(monkeypatch, distance, num_columns):
     # The interpreter has no logarithm of NVIDIA's.

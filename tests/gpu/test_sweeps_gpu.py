@@ -145,7 +145,8 @@ def test_sums_do_not_depend_on_where_the_large_logits_are(dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("distance", [0.0, 0.03, 3.0, 300.0])
 @pytest.mark.parametrize(
-    ("num_columns", "most"), [(3000, 4096), (V, 4096), (V - 1, 4096), (V, 1024)]
+    ("num_columns", "most"),
+    [(3000, 4096), (V, 4096), (V - 1, 4096), (V, 1024), (V, 256)],
 )
 def test_a_fast_mixture_is_as_good_as_its_logits(
     monkeypatch, num_columns, most, distance, dtype, beta

@@ -79,7 +79,7 @@ SUMS = (
     "teacher_gap",  # sum_j f_j ((v_j - teacher_max) - (z_j - max))
     "candidate_logits",  # [K, C] like label_logit
 )
-# Of a JSD, with m the mixture: these take a pass of their own, after the others.
+# Of a JSD, with m the mixture: known after the others.
 MIXTURE_SUMS = ("student_mixture_kl", "teacher_mixture_kl")  # KL(p | m), KL(q | m)
 
 _ALWAYS = {"max", "sumexp", "label_logit"}

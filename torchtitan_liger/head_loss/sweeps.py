@@ -3,8 +3,8 @@
 `statistics_sweep` reads the logits and leaves a few sums per row; `gradient_sweep` turns
 them, in place, into the gradient of the loss by the logits; `one_trip_sweep` does both where
 nothing comes between. A JSD has `mixture_sweep` there, or `mixture_gradient_sweep`, which is
-the gradient's too. All see only this rank's columns, and go through blocks of rows that fit into a processor's cache, so that a chain
-of elementwise operations costs one trip to memory.
+the gradient's too. All see only this rank's columns, and go through blocks of rows that fit
+into a processor's cache, so that a chain of elementwise operations costs one trip to memory.
 
 `C` tokens of a chunk, `v` this rank's columns of the vocabulary, `K` candidates.
 """

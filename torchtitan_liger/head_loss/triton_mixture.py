@@ -86,7 +86,7 @@ def mixture_kernel(
     `by_mixture * KL(p | m)`.
 
     A part's mixture stays in registers while the others' words come. `words` are zeros
-    [num_rows, num_parts] in int64, or None for a single part: as in `one_trip_kernel`. If
+    [num_rows, num_parts] in int64, or None for a single part (see `one_trip_kernel`). If
     FAST, maxima and sums of exponentials are what `origins_kernel` makes of them.
     """
     # The first programs have the last rows, which were read last and may be in the cache.

@@ -116,7 +116,7 @@ def one_trip_sweep(
         words_CWP,
         num_parts,
         part_columns,
-        MOST_PARTS=_most_parts(num_parts),
+        MOST_PARTS=_most_parts(num_parts, TRIP_WARPS),
         **_places(sums, (*names, *gaps)),
         # The divergence of a reverse KL has no use for it.
         PAIRS=partials.kl_rev is None and _in_pairs(logits_Cv, teacher),
@@ -147,9 +147,16 @@ def _can_wait(logits_Cv: torch.Tensor, sums_dtype: torch.dtype, most: int) -> bo
     return num_parts <= device.multi_processor_count  # each has room for one, at least
 
 
-def _most_parts(num_parts: int) -> int:
-    """One for each lane of a warp, at least: all of them stop waiting at once."""
-    return max(32, 1 << (num_parts - 1).bit_length())
+def _most_parts(num_parts: int, num_warps: int) -> int:
+    """A power of two by which all that read the words agree on when all are there.
+
+    With one for each lane a warp sees all of them, and decides alone. With one for each
+    thread no two threads read the same word: one of two that do could see it too early,
+    and its share of the sum be the one that counts.
+    """
+    if num_parts <= 32:
+        return 32
+    return max(1 << (num_parts - 1).bit_length(), 32 * num_warps)
 
 
 def _is_fast(logits_Cv: torch.Tensor) -> bool:
@@ -191,14 +198,16 @@ def mixture_gradient_sweep(
     teacher: Logits,
     jsd_beta: float,
 ) -> torch.Tensor:
-    """As `sweeps.mixture_gradient_sweep`."""
+    """As `sweeps.mixture_gradient_sweep`; in two trips where the gradient needs more than
+    the mixture, and where a row's parts cannot wait for each other."""
     by = coefficients
     others = by.square, by.teacher, by.log_teacher, by.candidates
     given = logits_Cv, transform, teacher, sums, jsd_beta
     is_complete = by.mixture is not None and all(x is None for x in others)
-    is_alone = logits_Cv.shape[1] <= MIXTURE_COLUMNS
-    can_wait = _can_wait(logits_Cv, sums["max"].dtype, MIXTURE_COLUMNS)
-    if is_complete and (is_alone or can_wait):
+    in_one_trip = logits_Cv.shape[1] <= MIXTURE_COLUMNS or _can_wait(
+        logits_Cv, sums["max"].dtype, MIXTURE_COLUMNS
+    )
+    if is_complete and in_one_trip:
         return _mixture_trip(*given, column_C, by)
     shares_2C = _mixture_trip(*given, None, None)
     gradient_sweep(
@@ -256,7 +265,7 @@ def _mixture_trip(
         words_CP,
         num_parts,
         part_columns,
-        MOST_PARTS=_most_parts(num_parts),
+        MOST_PARTS=_most_parts(num_parts, MIXTURE_WARPS),
         BETA=beta,
         FAST=is_fast,
         PAIRS=_in_pairs(logits_Cv, teacher),

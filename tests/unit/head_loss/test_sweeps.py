@@ -211,3 +211,22 @@ def test_scaling_rounds_once_and_by_one_leaves_the_memory_alone():
     assert torch.equal(same, x)
     triton_sweeps.scale(same, torch.tensor([-2.0]), same)
     assert torch.equal(same, -2 * x)
+
+
+@pytest.mark.parametrize("num_warps", [1, 2, 4, 8])
+def test_no_two_threads_of_a_program_disagree_about_a_word(num_warps):
+    """They wait for one another's parts: what one has seen must count for all."""
+    for num_parts in range(1, 300):
+        most = triton_sweeps._most_parts(num_parts, num_warps)
+        assert most >= num_parts
+        assert most.bit_count() == 1
+        assert most == 32 or most >= 32 * num_warps
+
+
+@pytest.mark.parametrize("most", [1024, 4096, 6144])
+def test_parts_of_a_row_are_aligned_and_cover_it_once(most):
+    for num_columns in (*range(1, 9000), 32000, 128256, 151936, 262144, 262145):
+        num_parts, part_columns = triton_sweeps._parts(num_columns, most)
+        assert (num_parts - 1) * part_columns < num_columns <= num_parts * part_columns
+        assert part_columns <= most
+        assert part_columns % 64 == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from tests.unit.head_loss.sweep_cases import (
 from torchtitan_liger.head_loss import sweeps, triton_blocks, triton_sweeps
 from torchtitan_liger.head_loss.statistics import Coefficients
 from torchtitan_liger.head_loss.sweeps import Logits, Transform
+from torchtitan_liger.head_loss.triton_mixture import mixture_kernel
 
 
 def test_a_mixture_with_a_narrower_teacher_is_as_exact(impl):
@@ -161,10 +163,42 @@ def log2(x):
     return tl.log2(x)
 
 
-# In one trip: in pairs, and not; too many columns for one without waiting.
-@pytest.mark.parametrize("num_columns", [4000, 4003, 5000])
+class WithWords:
+    """`mixture_kernel` where programs run one after the other: the words for which a row's
+    parts wait are there before."""
+
+    def __getitem__(self, grid):
+        def run(*args, **kwargs):
+            given = dict(zip(mixture_kernel.arg_names, args, strict=False))
+            words_CP = given["words"]
+            if words_CP is not None:
+                of_gradient = [x for x in given if x.startswith("by_")]
+                alone = given | dict.fromkeys(["words", *of_gradient])
+                mixture_kernel[grid](*alone.values(), **kwargs)
+                kl_CP = (given["shares"][0].T / math.log(2)).contiguous()
+                words_CP.copy_(kl_CP.view(torch.int32).long() & 0xFFFFFFFF | 1 << 32)
+            mixture_kernel[grid](*args, **kwargs)
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("num_columns", "most", "can_wait"),
+    [
+        (4000, 4096, False),  # in one trip, in pairs
+        (4003, 4096, False),
+        (5000, 4096, False),  # in two
+        (5000, 1024, True),
+        (5003, 512, True),
+    ],
+)
 @pytest.mark.parametrize("distance", [0.0, 0.03, 3.0, 100.0])
-def test_a_fast_mixture_is_as_good_as_its_logits(monkeypatch, distance, num_columns):
+def test_a_fast_mixture_is_as_good_as_its_logits(
+    monkeypatch, distance, num_columns, most, can_wait
+):
+    monkeypatch.setattr(triton_sweeps, "MIXTURE_COLUMNS", most)
+    monkeypatch.setattr(triton_sweeps, "_can_wait", lambda *_: can_wait)
+    monkeypatch.setattr(triton_sweeps, "mixture_kernel", WithWords())
     # The interpreter has no logarithm of NVIDIA's.
     monkeypatch.setattr(triton_blocks, "libdevice", SimpleNamespace(fast_log2f=log2))
     monkeypatch.setattr(triton_sweeps, "_is_fast", lambda _: True)

@@ -26,10 +26,14 @@ def lengths(labels):
     return (labels != -100).view(B, L).sum(1).clamp(min=1)
 
 
+def rows_of(problem, head):
+    """What `head` reads, [B, L] each."""
+    return {n: x.view(B, L) for n, x in read_by(head, problem.rows).items()}
+
+
 def run(problem, head, **call):
     def loss_of(hidden, weight, labels):
-        read = read_by(head, problem.rows)
-        rows = {name: x.view(B, L) for name, x in read.items()}
+        rows = rows_of(problem, head)
         return head(
             hidden.view(B, L, -1), weight, labels.view(B, L), **call, **rows
         ).loss
@@ -40,8 +44,7 @@ def run(problem, head, **call):
 def reported(problem, term):
     """Each metric of `term`: the sum over tokens, divided by their number."""
     call = (problem.hidden.view(B, L, -1), problem.weight, problem.labels.view(B, L))
-    read = read_by(HeadLoss([term]), problem.rows)
-    rows = {name: x.view(B, L) for name, x in read.items()}
+    rows = rows_of(problem, HeadLoss([term]))
     tokens = (problem.labels != -100).sum()
     out = HeadLoss([term])(*call, normalizer=tokens, **rows)
     found = {name: x.item() for name, x in out.metrics.items()}

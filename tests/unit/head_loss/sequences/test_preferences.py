@@ -16,7 +16,7 @@ from liger_kernel.chunked_loss import (
     LigerFusedLinearSimPOLoss,
 )
 
-from tests.helpers import Problem, read_by
+from tests.helpers import Problem
 from tests.unit.head_loss.sequences.cases import (
     KINDS,
     B,
@@ -26,6 +26,7 @@ from tests.unit.head_loss.sequences.cases import (
     logp_of,
     masked,
     reported,
+    rows_of,
     run,
 )
 from torchtitan_liger.head_loss import HeadLoss, Preference, UnpairedPreference
@@ -65,8 +66,7 @@ def test_a_sequence_without_labels_counts_zero(problem, kind):
     problem.labels.view(B, L)[1] = -100
     labels = problem.labels.view(B, L)
     head = HeadLoss([Preference(kind, beta=0.4)])
-    read = read_by(head, problem.rows)
-    rows = {name: x.view(B, L)[:2] for name, x in read.items()}
+    rows = {name: x[:2] for name, x in rows_of(problem, head).items()}
     args = problem.hidden.view(B, L, -1)[:2], problem.weight, labels[:2]
     margin = (
         head(*args, **rows).metrics["preference/margin"] / (labels[0] != -100).sum()

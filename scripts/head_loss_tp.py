@@ -67,7 +67,7 @@ Collectives are those of the forward pass, by chunk of tokens; the backward pass
 gradient of the hidden states. Errors are relative, in the Frobenius norm, against full
 logits in float64: those of the worst rank, but for the gradient of the weight, whose rows on
 all ranks are one matrix. In parentheses: divided by the figure with TP 1, in the time's case
-as well.
+as well. Ranks that share a GPU, which NCCL refuses and gloo does not, have no times.
 """
 
 
@@ -94,14 +94,22 @@ def process_group(device: str) -> Iterator[dist.ProcessGroup | None]:
         return
     backend, device_id = "gloo", None
     if device == "cuda":
-        backend, device_id = "nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device_id)
+        rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        torch.cuda.set_device(rank % gpus)
+        if not shares_a_gpu(device):
+            backend, device_id = "nccl", torch.device("cuda", rank)
     patience = timedelta(minutes=5)
     dist.init_process_group(backend, device_id=device_id, timeout=patience)
     yield dist.group.WORLD
     dist.barrier()
     dist.destroy_process_group()  # not after an error: others may wait for this rank
     let_gloo_finish()
+
+
+def shares_a_gpu(device: str) -> bool:
+    """Whether torchrun has started more processes here than there are GPUs."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return device == "cuda" and processes > torch.cuda.device_count()
 
 
 def columns_of(vocab: int, rank: int, size: int, uneven: bool) -> slice:
@@ -141,6 +149,8 @@ def measure(
         rows.append(row | together(figures))
         cases.append(case)
         del truth
+    if shares_a_gpu(problem.device):
+        return rows
     medians = gathered(take_times(cases, mine, args, group), group)
     for row, *ms in zip(rows, *medians, strict=True):
         row |= {"ms": statistics.median(ms), "ms_min": min(ms), "ms_max": max(ms)}
@@ -330,7 +340,8 @@ def add_ratios(rows: list[Row]) -> None:
     for row in rows:
         base = single.get(tuple(row[name] for name in same), {})
         for name, ratio in pairs.items():
-            row[ratio] = row[name] / base[name] if base.get(name) else None
+            known = base.get(name) and row[name] is not None
+            row[ratio] = row[name] / base[name] if known else None
 
 
 def markdown(rows: list[Row]) -> str:
@@ -339,12 +350,7 @@ def markdown(rows: list[Row]) -> str:
         if len({row[name] for row in rows}) > 1:
             columns[name] = [str(row[name]) for row in rows]
     columns["TP"] = [str(row["tp"]) for row in rows]
-    columns["ms"] = [
-        figure(row["ms"], "{:.2f}")
-        + (f" [{row['ms_min']:.2f}, {row['ms_max']:.2f}]" if row["tp"] > 1 else "")
-        + figure(row["ratio"], " ({:.3f})")
-        for row in rows
-    ]
+    columns["ms"] = [time_of(row) for row in rows]
     columns["extra GiB"] = [f"{row['extra_bytes'] / 2**30:.3f}" for row in rows]
     columns["chunks"] = [f"{row['chunks']} x {row['tokens_per_chunk']}" for row in rows]
     columns["collectives per chunk"] = [
@@ -358,3 +364,10 @@ def markdown(rows: list[Row]) -> str:
             for row in rows
         ]
     return table_of(columns)
+
+
+def time_of(row: Row) -> str:
+    if row["ms"] is None:
+        return ""
+    spread = f" [{row['ms_min']:.2f}, {row['ms_max']:.2f}]" if row["tp"] > 1 else ""
+    return f"{row['ms']:.2f}{spread}" + figure(row["ratio"], " ({:.3f})")

@@ -206,6 +206,26 @@ def test_a_vocabulary_over_two_processes_is_measured_beside_one(
     assert text.count("| TP |") == 1
 
 
+def test_ranks_that_share_a_gpu_have_all_figures_but_times(
+    bench, mixtures, monkeypatch
+):
+    tp = importlib.import_module("head_loss_tp")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert tp.shares_a_gpu("cuda")
+    assert not tp.shares_a_gpu("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert not tp.shares_a_gpu("cuda")
+    monkeypatch.setattr(tp, "shares_a_gpu", lambda device: True)
+    rows, text = bench("--tp")
+    assert len(rows) == len(mixtures.MIXTURES)
+    for row in rows:
+        assert row["ms"] == row["ms_min"] == row["ms_max"] == row["ratio"] == ""
+        assert float(row["extra_bytes"]) > 0
+        assert 0 <= float(row["d_weight_error"]) < 2e-6
+    assert "| TP | extra GiB |" in text
+
+
 def test_ranks_whose_clocks_differ_make_as_many_passes(cases, monkeypatch):
     """A pass has collectives: one more on one rank would wait for ever."""
     measure = importlib.import_module("head_loss_measure")
